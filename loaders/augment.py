@@ -1,0 +1,419 @@
+"""uint8 crops and draws -> normalised views.
+
+Two forms of the same function. `augment` works on a whole batch on any device, without data-dependent control flow
+or host synchronisation, so that torch.compile fuses it. `augment_rows` works on the CPU image by image, in cache,
+and does only what was drawn. Both mean what torchvision.transforms.v2.functional means on float images in [0, 1]:
+jitter in drawn order, gray, blur, solarize, flip, normalise. (Flipping first, as done here, gives the same pixels.)
+
+Legend: B images, 3 channels, S x S pixels, R radius of the blur, N parameters per image.
+
+Hue needs no HSV. Let V and m be the largest and the smallest channel of a pixel. Turning the hue by the share h of
+the circle moves each channel along a trapezoid with corners every 60 degrees. With -6h = 2k + d, k whole and
+|d| <= 1, the 2k is a rotation of the channels by k, and what remains is, for channel i (indices modulo 3),
+
+    clamp(x[i+k] - min(1, 1-2d) x[i+k+1] - min(1, 1+2d) x[i+k-1] + (1 - |d|)(V + m), m, V)
+
+Inside each sextant of the colour circle both sides are linear and they agree at the corners, so this is exact; it
+has no division and no branch, which is what makes it an order of magnitude faster than the way through HSV.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+
+from loaders.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws
+from loaders.views import View, ViewSpec
+
+GRAY = (0.2989, 0.587, 0.114)  # luma weights of ITU-R BT.601, rounded as torchvision rounds them
+SOLARIZE_FROM = (128 - 1e-3) / 255  # 128 as in BYOL's recipe; a hair less, so that rounding never excludes 128 itself
+
+_IDENTITY = np.float32([1, 1, 1, 0])  # factors that change nothing, by operation id
+
+
+# --- Parameters, packed for one transfer ------------------------------------------------------------------------------
+#
+# Whatever the drawn order, the four operations are a subsequence of one fixed sequence:
+#     blend blend hue blend blend contrast blend blend hue blend blend
+# in which a blend is x -> clamp(factor x + gray_factor gray(x)): brightness has gray_factor 0, saturation 1 - factor.
+# The batch form runs that sequence for all images, with parameters that change nothing where an image skips a step.
+# So contrast, whose mean needs a pass over the whole image, appears once instead of at each of the four positions.
+
+_FLIP, _GRAY, _SOLARIZE, _CONTRAST = range(4)  # columns of the packed parameters
+_HUE_AT = (4, 8)  # 4 columns each: before and after contrast
+_BLEND_AT = (12, 20)  # 4 blends of 2 columns each: before and after contrast
+_KERNEL_AT = 28  # R + 1 columns: the blur's weights from the centre outwards
+
+
+def to_tensors(draws: Draws, view: View, device: torch.device | str) -> torch.Tensor:
+    """Everything `augment` needs to know of one view's draws, as one float32 tensor [B, N] on `device`."""
+    return torch.from_numpy(_pack(draws, view)).to(device)
+
+
+def _pack(draws: Draws, view: View) -> np.ndarray:
+    B, R = len(draws.flip_B), view.blur_radius
+    rows = np.arange(B)
+    factor_B4 = np.where(draws.jitter_B[:, None], draws.factor_B4, _IDENTITY)
+    rank_B4 = np.argsort(draws.order_B4, axis=1)  # position of each operation
+    late_B4 = rank_B4 > rank_B4[:, CONTRAST : CONTRAST + 1]  # runs after contrast
+
+    params_BN = np.zeros((B, _KERNEL_AT + R + 1), dtype=np.float32)
+    params_BN[:, _FLIP] = draws.flip_B
+    params_BN[:, _GRAY] = draws.gray_B
+    params_BN[:, _SOLARIZE] = draws.solarize_B
+    params_BN[:, _CONTRAST] = factor_B4[:, CONTRAST]
+
+    hue_B24 = params_BN[:, _HUE_AT[0] : _BLEND_AT[0]].reshape(B, 2, 4)
+    hue_B24[:] = _hue_mix(np.zeros(1))
+    hue_B24[rows, late_B4[:, HUE].astype(int)] = _hue_mix(factor_B4[:, HUE])
+
+    blend_B82 = params_BN[:, _BLEND_AT[0] : _KERNEL_AT].reshape(B, 8, 2)
+    blend_B82[:, :, 0] = 1
+    for op, other in ((BRIGHTNESS, SATURATION), (SATURATION, BRIGHTNESS)):
+        slot_B = 4 * late_B4[:, op] + 2 * (rank_B4[:, op] > rank_B4[:, HUE]) + (rank_B4[:, op] > rank_B4[:, other])
+        blend_B82[rows, slot_B, 0] = factor_B4[:, op]
+        if op == SATURATION:
+            blend_B82[rows, slot_B, 1] = 1 - factor_B4[:, op]
+
+    params_BN[:, _KERNEL_AT:] = _gaussian(draws.sigma_B, R)
+    return params_BN
+
+
+def _hue_mix(hue_B: np.ndarray) -> np.ndarray:
+    """Weights of x[i], x[i+1], x[i+2] and V + m in channel i of the turned hue [B, 4]; see the top of the file."""
+    k_B = np.rint(-3.0 * hue_B)
+    d_B = -6.0 * hue_B - 2 * k_B
+    weights_B3 = np.stack((np.ones_like(d_B), -np.minimum(1, 1 - 2 * d_B), -np.minimum(1, 1 + 2 * d_B)), axis=1)
+    turned = (np.arange(3) - k_B[:, None].astype(int)) % 3
+    return np.column_stack((np.take_along_axis(weights_B3, turned, axis=1), 1 - np.abs(d_B)))
+
+
+def _gaussian(sigma_B: np.ndarray, radius: int) -> np.ndarray:
+    """Weights at distance 0..radius of a Gaussian that sums to 1 over both sides [B, radius + 1]; sigma 0: no blur."""
+    distance = np.arange(radius + 1)
+    sigma_B1 = np.maximum(sigma_B.astype(np.float64), 1e-3)[:, None]  # exp(-1 / 2e-6) is 0 already
+    weights_BR = np.exp(-0.5 * (distance / sigma_B1) ** 2)
+    return weights_BR / (2 * weights_BR.sum(axis=1, keepdims=True) - weights_BR[:, :1])
+
+
+# --- The batch form ---------------------------------------------------------------------------------------------------
+
+
+def augment(
+    crops_B3SS: torch.Tensor,
+    params_BN: torch.Tensor,
+    view: View,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Normalised views [B, 3, S, S], channels last, in `dtype`; `params_BN` from `to_tensors`, on the crops' device."""
+
+    def param(column: int) -> torch.Tensor:
+        return params_BN[:, column, None, None]
+
+    # Three tensors [B, S, S], not one: then every operation up to the blur reads and writes the same place, and the
+    # compiler can keep all of it in registers.
+    crops_B3SS = torch.where(param(_FLIP)[:, None] > 0, crops_B3SS.flip(-1), crops_B3SS)
+    planes = [crops_B3SS[:, c].float() * (1 / 255) for c in range(3)]
+    if view.jitter_p > 0:
+        planes = _blends_and_hue(planes, param, 0)
+        factor = param(_CONTRAST)
+        mean_gray = _gray(planes).mean((1, 2), keepdim=True)
+        planes = [(factor * x + (1 - factor) * mean_gray).clamp(0, 1) for x in planes]
+        planes = _blends_and_hue(planes, param, 1)
+    if view.gray_p > 0:
+        gray = _gray(planes)
+        planes = [torch.where(param(_GRAY) > 0, gray, x) for x in planes]
+    x = torch.stack(planes, 1)
+    if view.blur_p > 0:
+        weights = [param(_KERNEL_AT + d)[:, None] for d in range(view.blur_radius + 1)]
+        x = _blur(_blur(x, weights, dim=2), weights, dim=3)
+    if view.solarize_p > 0:
+        x = torch.where((param(_SOLARIZE)[:, None] > 0) & (x >= SOLARIZE_FROM), 1 - x, x)
+    x = (x - _per_channel(mean, x.device)) * _per_channel([1 / s for s in std], x.device)
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """[3, 1, 1], computed on the device: `torch.tensor(values, device=device)` would wait for a transfer."""
+    channel = torch.arange(3, device=device)[:, None, None]
+    return torch.where(channel == 0, values[0], torch.where(channel == 1, values[1], values[2]))
+
+
+Planes = Sequence[torch.Tensor]  # red, green, blue [B, S, S], in [0, 1]
+
+
+def _blends_and_hue(planes: Planes, param: Callable[[int], torch.Tensor], half: int) -> Planes:
+    for step in range(4):
+        if step == 2:
+            planes = _hue(planes, [param(_HUE_AT[half] + i) for i in range(4)])
+        column = _BLEND_AT[half] + 2 * step
+        gray = param(column + 1) * _gray(planes)
+        planes = [(param(column) * x + gray).clamp(0, 1) for x in planes]
+    return planes
+
+
+def _gray(planes: Planes) -> torch.Tensor:
+    return GRAY[0] * planes[0] + GRAY[1] * planes[1] + GRAY[2] * planes[2]
+
+
+def _hue(planes: Planes, mix: Sequence[torch.Tensor]) -> Planes:
+    high = torch.maximum(torch.maximum(planes[0], planes[1]), planes[2])
+    low = torch.minimum(torch.minimum(planes[0], planes[1]), planes[2])
+    base = mix[3] * (high + low)
+    turned = [base + mix[0] * planes[i] + mix[1] * planes[i - 2] + mix[2] * planes[i - 1] for i in range(3)]
+    return [torch.minimum(torch.maximum(x, low), high) for x in turned]
+
+
+def _blur(x: torch.Tensor, weights: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Convolve along `dim` with a symmetric kernel per image; borders reflect, without repeating the edge pixel."""
+    R, S = len(weights) - 1, x.shape[dim]
+    padded = torch.nn.functional.pad(x, (0, 0, R, R) if dim == 2 else (R, R, 0, 0), mode="reflect")
+    blurred = weights[0] * x
+    for d in range(1, R + 1):
+        blurred = blurred + weights[d] * (padded.narrow(dim, R - d, S) + padded.narrow(dim, R + d, S))
+    return blurred
+
+
+class DeviceAugment:
+    """`augment` for all views of a specification; on CUDA compiled, once per distinct view.
+
+    Shapes are fixed by the first batch; a batch of another size (the last of an evaluation) runs uncompiled.
+    """
+
+    def __init__(self, spec: ViewSpec, device: torch.device | str, dtype: torch.dtype = torch.float32):
+        self.spec, self.device = spec, torch.device(device)
+        self._batch_size: int | None = None
+        self._eager = {
+            view: functools.partial(augment, view=view, mean=spec.mean, std=spec.std, dtype=dtype)
+            for view in spec.views
+        }
+        self._fast = self._eager
+        if self.device.type == "cuda":
+            self._fast = {v: torch.compile(f, fullgraph=True, dynamic=False) for v, f in self._eager.items()}
+
+    def __call__(self, crops: Sequence[torch.Tensor], draws: Sequence[Draws]) -> list[torch.Tensor]:
+        """K views [B, 3, S_k, S_k] from K uint8 crops on the device; the parameters travel in one transfer."""
+        batch_size = len(crops[0])
+        if self._batch_size is None:
+            self._batch_size = batch_size
+        functions = self._fast if batch_size == self._batch_size else self._eager
+        packed = [_pack(d, view) for d, view in zip(draws, self.spec.views, strict=True)]
+        flat = torch.from_numpy(np.concatenate([p.reshape(-1) for p in packed]))
+        if self.device.type == "cuda":
+            flat = flat.pin_memory().to(self.device, non_blocking=True)
+        params = flat.split([p.size for p in packed])
+        return [
+            functions[view](c, p.view(batch_size, -1))
+            for view, c, p in zip(self.spec.views, crops, params, strict=True)
+        ]
+
+
+# --- The CPU form -----------------------------------------------------------------------------------------------------
+
+
+def augment_rows(
+    crops_B3SS: torch.Tensor,
+    draws: Draws,
+    view: View,
+    mean: Sequence[float],
+    std: Sequence[float],
+    rows: Iterable[int],
+    out_B3SS: torch.Tensor,
+) -> None:
+    """Write the normalised views of `rows` into `out_B3SS` (any float dtype), on the CPU, in the calling thread.
+
+    What is written depends on the row alone, not on which rows come together or which thread does it.
+    """
+    rows = list(rows)
+    image = _image_of_this_thread(view.size, view.blur_radius)
+    jitter, order, factor = draws.jitter_B[rows], draws.order_B4[rows].tolist(), draws.factor_B4[rows].tolist()
+    hue_mix = _hue_mix(draws.factor_B4[rows, HUE].astype(np.float64)).tolist()
+    kernel = _gaussian(draws.sigma_B[rows], view.blur_radius)
+    for i, row in enumerate(rows):
+        image.load(crops_B3SS[row], flip=draws.flip_B[row])
+        if jitter[i]:
+            for op in order[i]:
+                if factor[i][op] == _IDENTITY[op]:
+                    continue
+                if op == BRIGHTNESS:
+                    image.brightness(factor[i][op])
+                elif op == CONTRAST:
+                    image.contrast(factor[i][op])
+                elif op == SATURATION:
+                    image.saturation(factor[i][op])
+                else:
+                    image.hue(hue_mix[i])
+        if draws.gray_B[row]:
+            image.gray()
+        if draws.sigma_B[row] > 0:
+            image.blur(kernel[i])
+        if draws.solarize_B[row]:
+            image.solarize()
+        image.store(out_B3SS[row], mean, std)
+
+
+_local = threading.local()
+
+
+def _image_of_this_thread(size: int, radius: int) -> _Image:
+    images = _local.__dict__.setdefault("images", {})
+    if (size, radius) not in images:
+        images[size, radius] = _Image(size, radius)
+    return images[size, radius]
+
+
+class _Image:
+    """One image on its way, in planes of float32 that are allocated once and stay in the core's cache.
+
+    A pixel is `scale * stored + offset`. Brightness and contrast change only these two numbers; hue, blur and the
+    rest commute with them, a clamp moves its bounds instead, and normalisation takes them in: most linear passes
+    over the pixels are never made. A gray image has one plane.
+    """
+
+    _TILE = 16  # outputs per row of a blur block: one AVX-512 register of floats; 8, 28 and 32 are slower
+    _SMALLEST_SCALE = 1e-6  # below it the stored values are replaced, so that nothing divides by zero
+
+    def __init__(self, size: int, radius: int):
+        S = size
+        self.bytes = torch.empty(3, S, S, dtype=torch.uint8)
+        # Hue goes from one set of planes to the other; both are sliced once, because slicing costs a microsecond.
+        self.front, self.back = [(x, list(x)) for x in torch.empty(2, 3, S, S)]
+        self.high, self.low, self.sum = torch.empty(3, S, S)
+        self.interleaved = torch.empty(S, S, 3).permute(2, 0, 1)
+        self.constant = np.zeros(3, dtype=np.float32)
+        self.constant_0d = list(torch.from_numpy(self.constant))
+        if radius > 0:
+            self._allocate_blur(S, radius)
+
+    def load(self, crop_3SS: torch.Tensor, flip: bool) -> None:
+        self.bytes.copy_(crop_3SS)
+        self.pixels, self.planes = self.front
+        self.spare = self.back
+        self.pixels.copy_(self.bytes.flip(-1) if flip else self.bytes)
+        self.scale, self.offset = 1 / 255, 0.0
+
+    def brightness(self, factor: float) -> None:
+        self._affine(factor, 0.0)
+
+    def contrast(self, factor: float) -> None:
+        means = self.pixels.mean((1, 2)).tolist()
+        gray_mean = sum(g * (self.scale * m + self.offset) for g, m in zip(GRAY, means, strict=True))
+        self._affine(factor, (1 - factor) * gray_mean)
+
+    def saturation(self, factor: float) -> None:
+        torch.lerp(self._gray_plane(), self.pixels, factor, out=self.pixels)
+        self.offset *= factor + (1 - factor) * sum(GRAY)  # the weights do not quite sum to 1
+        self._clamp_if(factor > 1)
+
+    def hue(self, mix: Sequence[float]) -> None:
+        x, (turned, out) = self.planes, self.spare
+        torch.maximum(torch.maximum(x[0], x[1], out=self.high), x[2], out=self.high)
+        torch.minimum(torch.minimum(x[0], x[1], out=self.low), x[2], out=self.low)
+        torch.add(self.high, self.low, out=self.sum).mul_(mix[3])
+        for i in range(3):
+            torch.add(self.sum, x[i], alpha=mix[0], out=out[i])
+            out[i].add_(x[i - 2], alpha=mix[1]).add_(x[i - 1], alpha=mix[2])
+        torch.clamp(turned, self.low, self.high, out=turned)
+        self.spare, (self.pixels, self.planes) = (self.pixels, self.planes), self.spare
+
+    def gray(self) -> None:
+        self.pixels = self._gray_plane().unsqueeze(0)
+        self.offset *= sum(GRAY)
+
+    def blur(self, weights_R: np.ndarray) -> None:
+        """Two passes of small matrix products, 16 outputs from 16 + 2R inputs, over rows and then over columns."""
+        C = len(self.pixels)
+        self.band[:] = np.concatenate((weights_R[:0:-1], weights_R))
+        self.wide[:C].copy_(self.pixels)
+        for edge, mirrored in self.wide_edges:
+            np.copyto(edge[:C], mirrored[:C])
+        for blocks, outputs in self.over_rows[:C]:
+            torch.bmm(blocks, self.matrix_columns, out=outputs)
+        for edge, mirrored in self.tall_edges:
+            np.copyto(edge[:C], mirrored[:C])
+        for blocks, outputs in self.over_columns[:C]:
+            torch.bmm(self.matrix_rows, blocks, out=outputs)
+        self.pixels = self.blurred[:C]
+
+    def solarize(self) -> None:
+        """x -> 1 - x from the threshold on: (1 - 2 step) x + step, where the step is 0 or 1."""
+        threshold = (SOLARIZE_FROM - self.offset) / self.scale
+        step = torch.ge(self.pixels, threshold, out=self.spare[0][: len(self.pixels)])
+        self.pixels.addcmul_(self.pixels, step, value=-2).add_(step, alpha=(1 - 2 * self.offset) / self.scale)
+
+    def store(self, out_3SS: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+        # Another dtype goes through float32 of the same layout: converting while interleaving is twice as slow.
+        target = out_3SS if out_3SS.dtype == torch.float32 else self.interleaved
+        for c in range(3):
+            self.constant[c] = (self.offset - mean[c]) / std[c]
+            plane = self.pixels[c if len(self.pixels) == 3 else 0]
+            torch.add(self.constant_0d[c], plane, alpha=self.scale / std[c], out=target[c])
+        if target is not out_3SS:
+            out_3SS.copy_(target)
+
+    def _affine(self, factor: float, addend: float) -> None:
+        self.scale, self.offset = factor * self.scale, factor * self.offset + addend
+        if self.scale < self._SMALLEST_SCALE:
+            self.pixels.mul_(self.scale).add_(self.offset)
+            self.scale, self.offset = 1.0, 0.0
+        self._clamp_if(factor > 1)
+
+    def _clamp_if(self, extrapolated: bool) -> None:
+        """Only a factor above 1 leaves [0, 1]; below, the result lies between two values that are inside."""
+        if extrapolated:
+            self.pixels.clamp_(-self.offset / self.scale, (1 - self.offset) / self.scale)
+
+    def _gray_plane(self) -> torch.Tensor:
+        r, g, b = self.planes
+        return torch.mul(r, GRAY[0], out=self.sum).add_(g, alpha=GRAY[1]).add_(b, alpha=GRAY[2])
+
+    def _allocate_blur(self, S: int, R: int) -> None:
+        """Buffers and all views of them that `blur` uses.
+
+        The side is filled up to whole blocks; what lies there is finite and meets only weights of zero.
+        """
+        n = self._TILE
+        num = -(-S // n)
+        filled = num * n
+        # The band matrix [n, n + 2R] has the kernel from the diagonal on. Read with rows one longer than its own, its
+        # memory shows the kernel at the same place in each row: writing it is one assignment.
+        memory = np.zeros(n * (n + 2 * R + 1), dtype=np.float32)
+        self.band = memory.reshape(n, n + 2 * R + 1)[:, : 2 * R + 1]
+        matrix = torch.from_numpy(memory[: n * (n + 2 * R)].reshape(n, n + 2 * R))
+        self.matrix_rows = matrix.expand(num, -1, -1)
+        self.matrix_columns = matrix.T.expand(num, -1, -1)
+
+        wide = torch.zeros(3, S, filled + 2 * R)
+        tall = torch.zeros(3, filled + 2 * R, filled)
+        done = torch.zeros(3, filled, S)
+        self.wide = wide[:, :, R : R + S]
+        self.blurred = done[:, :S]
+        self.wide_edges = self._mirrors(wide.numpy(), S, R)
+        self.tall_edges = [
+            (edge.transpose(0, 2, 1), mirrored.transpose(0, 2, 1))
+            for edge, mirrored in self._mirrors(tall.numpy().transpose(0, 2, 1), S, R)
+        ]
+        # Overlapping windows of n + 2R as a batch of matrices, and where their n outputs go.
+        self.over_rows = [
+            (w.unfold(1, n + 2 * R, n).transpose(0, 1), t[R : R + S].view(S, num, n).transpose(0, 1))
+            for w, t in zip(wide, tall, strict=True)
+        ]
+        self.over_columns = [
+            (t[:, :S].unfold(0, n + 2 * R, n).transpose(1, 2), d.view(num, n, S))
+            for t, d in zip(tall, done, strict=True)
+        ]
+
+    @staticmethod
+    def _mirrors(x: np.ndarray, S: int, R: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(edge, its reflection) for both ends of the last axis, whose middle is [R, R + S)."""
+        return [
+            (x[..., :R], x[..., 2 * R : R : -1]),
+            (x[..., R + S : S + 2 * R], x[..., R + S - 2 : S - 2 : -1]),
+        ]

@@ -1,0 +1,146 @@
+"""Decode on the host: libjpeg-turbo through torchvision, torch's uint8 antialiased resize, worker threads.
+
+Both calls release the interpreter lock, so threads scale and share one file mapping, one set of buffers and no
+pickling. An image stays with one thread from its bytes to its normalised views, while it is in that core's cache.
+Measured on one EPYC core with ImageNet originals: decode 1.2 ms per image, resize 0.18 ms per 224 px crop.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torchvision.io  # noqa: F401  (registers the decoder with torch.ops)
+
+from loaders.beton import Reader, Sample
+from loaders.job import BadSample, Job
+from loaders.stats import Stats
+from loaders.views import ViewSpec
+
+# Straight to the operators: the public wrappers allocate a result and cost 60 % more time per crop than `out=`.
+_RESIZE = {
+    "bilinear": torch._C._nn._upsample_bilinear2d_aa,
+    "bicubic": torch._C._nn._upsample_bicubic2d_aa,
+}
+_RAW = 1
+
+
+def default_workers(device: torch.device) -> int:
+    """All usable cores, less one for the training loop where a GPU does the computing."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - 1) if device.type == "cuda" else cores
+
+
+def decode(sample: Sample) -> torch.Tensor:
+    """uint8 RGB pixels [3, height, width] of one sample, channels last in memory.
+
+    Raises ValueError (with the decoder's reason) for bytes that do not decode or do not have the recorded size.
+    """
+    # The copy is the read: it faults the pages in, and gives the decoder memory that torch may call writable.
+    blob = torch.from_numpy(np.array(sample.jpeg))
+    return decode_blob(blob, sample)
+
+
+def decode_blob(blob: torch.Tensor, sample: Sample) -> torch.Tensor:
+    """As `decode`, from the sample's bytes already in memory."""
+    if sample.mode == _RAW:
+        if blob.numel() != sample.height * sample.width * 3:
+            raise ValueError(f"{blob.numel()} raw bytes, expected {sample.height} x {sample.width} x 3")
+        return blob.view(sample.height, sample.width, 3).permute(2, 0, 1)
+    try:
+        image = torch.ops.image.decode_jpeg(blob, 3, False)  # 3 = RGB; EXIF is settled when converting
+    except RuntimeError as error:
+        raise ValueError(str(error).split("\n", 1)[0]) from error
+    if tuple(image.shape[1:]) != (sample.height, sample.width):
+        raise ValueError(f"decodes to {tuple(image.shape[1:])}, the file says {(sample.height, sample.width)}")
+    return image
+
+
+class Futures:
+    """A batch under way in the thread pool."""
+
+    def __init__(self, futures: Sequence[Future]):
+        self.futures = futures
+
+    def done(self) -> bool:
+        return all(f.done() for f in self.futures)
+
+    def wait(self) -> None:
+        try:
+            for future in self.futures:
+                future.result()
+        except BaseException:
+            for future in self.futures:
+                future.cancel()
+            raise
+
+
+class Backend:
+    """See the package's docstring for the protocol."""
+
+    name = "cpu"
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        reader: Reader,
+        spec: ViewSpec,
+        *,
+        batch_size: int,
+        device: torch.device,
+        workers: int | None = None,
+        stats: Stats,
+    ):
+        self.reader, self.spec, self.stats = reader, spec, stats
+        self.workers = workers or default_workers(device)
+        # Small enough that the last chunk does not keep the other threads waiting, large enough that handing
+        # out work stays far below the work.
+        self.chunk = max(1, min(8, batch_size // (4 * self.workers)))
+        # The calling thread's own setting is fixed first: a worker's changes the default for threads to come.
+        torch.set_num_threads(torch.get_num_threads())
+        self.pool = ThreadPoolExecutor(self.workers, "decode", initializer=torch.set_num_threads, initargs=(1,))
+
+    def start(self, job: Job) -> Futures:
+        rows = range(len(job.index_B))
+        chunks = [rows[i : i + self.chunk] for i in range(0, len(rows), self.chunk)]
+        return Futures([self.pool.submit(self._work, job, chunk) for chunk in chunks])
+
+    def _work(self, job: Job, rows: range) -> None:
+        """Bytes to crops (to views) for some rows of a batch; runs in a worker thread."""
+        seconds = dict.fromkeys(("read", "decode", "crop", "augment"), 0.0)
+        for row in rows:
+            while True:
+                try:
+                    self._crop_row(job, row, seconds)
+                    break
+                except ValueError as error:
+                    job.replace(row, BadSample(self.reader.path, int(job.index_B[row]), str(error)))
+        if job.augment_rows is not None:
+            start = time.thread_time()
+            job.augment_rows(rows)
+            seconds["augment"] = time.thread_time() - start
+        self.stats.add(images=len(rows), **seconds)
+
+    def _crop_row(self, job: Job, row: int, seconds: dict[str, float]) -> None:
+        start = time.perf_counter()  # reading waits for a disk rather than for a core
+        sample = self.reader[int(job.index_B[row])]
+        blob = torch.from_numpy(np.array(sample.jpeg))
+        seconds["read"] += time.perf_counter() - start
+
+        start = time.thread_time()
+        image = decode_blob(blob, sample)[None]
+        decoded = time.thread_time()
+        for view, draws, crops in zip(self.spec.views, job.draws, job.crops, strict=True):
+            top, left, height, width = draws.box_B4[row].tolist()
+            region = image[:, :, top : top + height, left : left + width]
+            size = (view.size, view.size)
+            _RESIZE[view.interpolation](region, size, False, out=crops[row : row + 1])
+        seconds["decode"] += decoded - start
+        seconds["crop"] += time.thread_time() - decoded
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,79 @@
+"""One batch on its way through a backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from loaders.beton import Reader
+from loaders.draw import Draws, draw
+from loaders.errors import UserError
+from loaders.stats import Stats
+from loaders.views import ViewSpec
+
+ON_BAD_SAMPLE = ("raise", "skip")
+_MAX_REPLACEMENTS = 100  # in a row: more than that is a broken file, not a broken sample
+
+
+class BadSample(UserError):
+    """A stored image that does not decode."""
+
+    def __init__(self, path: str, index: int, reason: str):
+        self.index = index
+        super().__init__(
+            f"sample {index} of {path} does not decode: {reason}; convert again without --no-verify, or train with "
+            "--on-bad-sample skip"
+        )
+
+
+@dataclasses.dataclass
+class Job:
+    """What a backend needs for one batch: which samples, which crops of them, and where to put the pixels.
+
+    B images, K views. `crops` are K uint8 tensors [B, 3, S_k, S_k], channels last, on the backend's device.
+    `augment_rows`, when set, turns finished rows of crops into views and is called where the crops were made.
+    """
+
+    reader: Reader
+    spec: ViewSpec
+    seed: int
+    epoch: int
+    index_B: np.ndarray
+    label_B: np.ndarray
+    draws: list[Draws]
+    crops: list[torch.Tensor]
+    stats: Stats
+    on_bad_sample: str = "raise"
+    augment_rows: Callable[[range], None] | None = None
+
+    def replace(self, row: int, bad: BadSample) -> None:
+        """Put the next sample of the file, with its own draws, in the place of a broken one, or raise `bad`.
+
+        The batch keeps its size, so that compiled code and BatchNorm see what they expect, and the outcome depends
+        on the broken sample alone, not on timing.
+        """
+        if self.on_bad_sample == "raise":
+            raise bad
+        self.stats.add(replaced=1)
+        if self.stats.replaced >= _MAX_REPLACEMENTS and self.stats.replaced >= self.stats.images:
+            raise UserError(f"more broken than whole samples in {self.reader.path}, the last: {bad}") from bad
+        warnings.warn(f"replaced by the next sample: {bad}", stacklevel=2)
+        index = (bad.index + 1) % len(self.reader)
+        self.index_B[row] = index
+        self.label_B[row] = self.reader.label[index]
+        one = np.array([index])
+        new = draw(
+            self.spec,
+            seed=self.seed,
+            epoch=self.epoch,
+            index_B=one,
+            height_B=self.reader.height[one],
+            width_B=self.reader.width[one],
+        )
+        for ours, theirs in zip(self.draws, new, strict=True):
+            for field in dataclasses.fields(Draws):
+                getattr(ours, field.name)[row] = getattr(theirs, field.name)[0]

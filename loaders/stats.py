@@ -1,0 +1,39 @@
+"""Where a loader's time goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+
+@dataclasses.dataclass
+class Stats:
+    """Seconds per stage since the loader was opened, and how many images went through.
+
+    read, decode, crop, augment: summed over worker threads (CPU seconds, except read, which is elapsed time).
+    copy: launching host-to-device copies and device augmentation. wait: the consumer waiting for its next batch,
+    the only stage that costs training time. A GPU's own time is not in here: measuring it would need a sync.
+    """
+
+    read: float = 0.0
+    decode: float = 0.0
+    crop: float = 0.0
+    copy: float = 0.0
+    augment: float = 0.0
+    wait: float = 0.0
+    images: int = 0
+    replaced: int = 0  # broken samples for which another one was taken
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(self, **amounts: float) -> None:
+        """Add to the named fields; safe from any thread."""
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self, name, getattr(self, name) + amount)
+
+    def snapshot(self) -> dict[str, float]:
+        """The fields as a plain dict."""
+        with self._lock:
+            return dataclasses.asdict(self)

@@ -1,0 +1,230 @@
+"""The loader: same views whatever the batch size, the workers or the restarts; errors; clean ends."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_beton
+
+import loaders
+from loaders import UserError
+from loaders.beton import Reader
+from loaders.job import BadSample
+
+SPEC = loaders.views.simsiam(3, 40)
+
+
+def collect(path: Path, *, epoch: int = 0, start_step: int = 0, **options: object) -> dict[int, list[torch.Tensor]]:
+    """Sample id -> its views, over one epoch."""
+    seen = {}
+    with loaders.open(path, options.pop("spec", SPEC), **options) as loader:
+        for batch in loader.epoch(epoch, start_step):
+            for row, index in enumerate(batch.index.tolist()):
+                assert index not in seen
+                seen[index] = [v[row].clone() for v in batch.views]
+    return seen
+
+
+def same(a: dict[int, list[torch.Tensor]], b: dict[int, list[torch.Tensor]]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(x, y) for i in a for x, y in zip(a[i], b[i], strict=True))
+
+
+def test_views_depend_on_seed_epoch_and_sample_alone(beton: Path) -> None:
+    reference = collect(beton, batch_size=8, epoch=1, workers=1)
+    assert len(reference) == 48
+    assert same(reference, collect(beton, batch_size=16, epoch=1, workers=3, prefetch=1))
+    assert same(reference, collect(beton, batch_size=6, epoch=1, order="sequential", workers=2))
+    assert not same(reference, collect(beton, batch_size=8, epoch=2))
+    assert not same(reference, collect(beton, batch_size=8, epoch=1, seed=1))
+
+
+def test_an_epoch_can_be_entered_anywhere(beton: Path) -> None:
+    with loaders.open(beton, SPEC, batch_size=8) as loader:
+        whole = [(b.index.clone(), [v.clone() for v in b.views]) for b in loader.epoch(3)]
+        assert len(whole) == len(loader) == 6
+        for start in (0, 2, 5, 6):
+            rest = [(b.index.clone(), [v.clone() for v in b.views]) for b in loader.epoch(3, start)]
+            assert len(rest) == 6 - start
+            for (i, v), (j, w) in zip(whole[start:], rest, strict=True):
+                assert torch.equal(i, j)
+                assert all(torch.equal(a, b) for a, b in zip(v, w, strict=True))
+
+
+def test_ranks_together_are_one_process(beton: Path) -> None:
+    def indices(**options: object) -> list[list[int]]:
+        with loaders.open(beton, SPEC, **options) as loader:
+            return [b.index.tolist() for b in loader.epoch(1)]
+
+    one = indices(batch_size=8)
+    two = [indices(batch_size=4, rank=r, world=2) for r in (0, 1)]
+    assert one == [a + b for a, b in zip(*two, strict=True)]
+
+
+def test_shapes_layout_labels(beton: Path) -> None:
+    reader = Reader(beton)
+    with loaders.open(beton, SPEC, batch_size=8, dtype=torch.bfloat16) as loader:
+        for batch in loader.epoch():
+            assert len(batch.views) == 3 and batch.tiles is None
+            for view in batch.views:
+                assert view.shape == (8, 3, 40, 40) and view.dtype == torch.bfloat16
+                assert view.is_contiguous(memory_format=torch.channels_last)
+            assert batch.label.tolist() == reader.label[batch.index.numpy()].tolist()
+
+
+def test_multicrop_and_tiles(beton: Path) -> None:
+    spec = loaders.views.multicrop(48, 24, num_local=3)
+    views = next(iter(collect(beton, batch_size=8, spec=spec).values()))
+    assert [v.shape[-1] for v in views] == [48, 48, 24, 24, 24]
+    spec = loaders.views.simsiam(2, 40, divide=2)
+    with loaders.open(beton, spec, batch_size=8) as loader:
+        batch = next(iter(loader.epoch()))
+        assert [t.shape for t in batch.tiles] == [(32, 3, 20, 20)] * 2
+        assert torch.equal(batch.tiles[1][8:16], batch.views[1][:, :, 20:, :20])  # second tile: bottom left
+
+
+def test_memory_is_reused(beton: Path) -> None:
+    with loaders.open(beton, SPEC, batch_size=4, prefetch=2) as loader:
+        pointers = {b.views[0].data_ptr() for e in range(3) for b in loader.epoch(e)}
+    assert len(pointers) <= 3
+
+
+def test_a_batch_stays_valid_until_the_next_is_asked_for(beton: Path) -> None:
+    reference = collect(beton, batch_size=4, workers=1)
+    with loaders.open(beton, SPEC, batch_size=4, workers=2, prefetch=2) as loader:
+        for batch in loader.epoch():
+            threading.Event().wait(0.02)  # time enough for the others to be filled
+            for row, index in enumerate(batch.index.tolist()):
+                assert torch.equal(batch.views[1][row], reference[index][1])
+
+
+def test_leaving_early_stops_the_threads(beton: Path) -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        with loaders.open(beton, SPEC, batch_size=4, workers=2) as loader:
+            for _batch in itertools.islice(loader.epoch(), 2):
+                pass
+            assert len(list(loader.epoch(1))) == 12  # and another epoch works
+    assert threading.active_count() <= before
+
+
+def test_sequential_gives_every_sample_once_and_a_short_last_batch(beton: Path) -> None:
+    spec = loaders.views.evaluation(32)
+    with loaders.open(beton, spec, batch_size=20, order="sequential") as loader:
+        assert [len(b.index) for b in loader.epoch()] == [20, 20, 8] and len(loader) == 3
+    subset = np.array([5, 1, 40])
+    with loaders.open(beton, spec, batch_size=2, order="sequential", subset=subset) as loader:
+        assert [i for b in loader.epoch() for i in b.index.tolist()] == [5, 1, 40]
+
+
+def test_synthetic_needs_no_pixels(beton: Path) -> None:
+    with loaders.open(beton, SPEC, batch_size=8, backend="synthetic") as loader:
+        batches = [(b.index.tolist(), b.views[0].shape) for b in loader.epoch(1)]
+        assert loader.stats.decode == 0 and loader.stats.images == 48
+    with loaders.open(beton, SPEC, batch_size=8) as loader:
+        assert batches == [(b.index.tolist(), b.views[0].shape) for b in loader.epoch(1)]
+
+
+def test_stats_count_every_stage(beton: Path) -> None:
+    with loaders.open(beton, SPEC, batch_size=8) as loader:
+        list(loader.epoch())
+        stats = loader.stats.snapshot()
+    assert stats["images"] == 48
+    assert all(stats[s] > 0 for s in ("read", "decode", "crop", "augment", "wait"))
+
+
+def test_torch_threads_of_the_caller_are_left_alone(beton: Path) -> None:
+    before = torch.get_num_threads()
+    collect(beton, batch_size=8, workers=2)
+    assert torch.get_num_threads() == before
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> tuple[Path, int]:
+    """A file whose sample 7 is overwritten with zeros."""
+    path = write_beton(tmp_path / "broken.beton", 12)
+    reader = Reader(path)
+    start, size = int(reader.pointer[7]), int(reader.size[7])
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(bytes(size))
+    return path, 7
+
+
+@pytest.mark.filterwarnings("ignore:replaced")
+def test_a_broken_sample_is_named_or_replaced(broken: tuple[Path, int]) -> None:
+    path, bad = broken
+    with pytest.raises(BadSample, match=f"sample {bad} of .*broken.beton does not decode") as caught:
+        collect(path, batch_size=4)
+    assert caught.value.index == bad
+    with loaders.open(path, SPEC, batch_size=4, on_bad_sample="skip") as loader:
+        batches = [(b.index.tolist(), b.views[0].clone()) for b in loader.epoch(1)]
+        assert loader.stats.replaced == 1
+    ids = [i for index, _ in batches for i in index]
+    assert sorted(ids) == sorted([*range(7), *range(8, 12), 8])  # the next one stands in
+    rows = [v[r] for index, v in batches for r, i in enumerate(index) if i == 8]
+    assert torch.equal(rows[0], rows[1])  # with its own draws
+
+
+def test_a_file_of_broken_samples_ends(tmp_path: Path) -> None:
+    path = write_beton(tmp_path / "all.beton", 6)
+    reader = Reader(path)
+    spans = [(int(p), int(s)) for p, s in zip(reader.pointer, reader.size, strict=True)]
+    with open(path, "r+b") as file:
+        for start, size in spans:
+            file.seek(start)
+            file.write(bytes(size))
+    with pytest.raises(UserError, match="more broken than whole"), pytest.warns(UserWarning):
+        collect(path, batch_size=2, on_bad_sample="skip")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 49}, "larger than .*use --batch-size 48"),
+        ({"batch_size": 30, "world": 2}, "use --batch-size 24"),
+        ({"batch_size": 8, "backend": "cpuu"}, "did you mean 'cpu'"),
+        ({"batch_size": 8, "order": "radnom"}, "unknown order"),
+        ({"batch_size": 8, "on_bad_sample": "cry"}, "unknown on_bad_sample"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"batch_size": 8, "workers": 0}, "at least 1"),
+    ],
+)
+def test_options_that_make_no_sense(beton: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loaders.open(beton, SPEC, **options)
+
+
+def test_loaders_never_imports_fastssl() -> None:
+    code = "import sys, loaders, loaders.convert; sys.exit(any(m.split('.')[0] == 'fastssl' for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_device_views_are_the_hosts(beton: Path) -> None:
+    host = collect(beton, batch_size=8)
+    device = {i: [v.cpu() for v in views] for i, views in collect(beton, batch_size=8, device="cuda").items()}
+    assert host.keys() == device.keys()
+    for i in host:
+        for a, b in zip(host[i], device[i], strict=True):
+            assert (a - b).abs().max() < 2 / 255 / 0.224
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_device_loader_never_makes_the_training_thread_wait(beton: Path) -> None:
+    with loaders.open(beton, SPEC, batch_size=8, device="cuda") as loader:
+        list(loader.epoch())  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in loader.epoch(1):
+                batch.views[0].sum()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,79 @@
+"""The order of samples is a pure function: whole, resumable, and the same for one process and for many."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loaders.errors import UserError
+from loaders.order import random_order, sequential, steps_per_epoch
+
+
+def batches(n, **kw):
+    return list(random_order(n, **{"seed": 0, "epoch": 0} | kw))
+
+
+@given(n=st.integers(1, 200), batch_size=st.integers(1, 20), epoch=st.integers(0, 5))
+def test_every_sample_at_most_once_and_only_the_remainder_is_dropped(n, batch_size, epoch):
+    if n < batch_size:
+        return
+    steps = batches(n, batch_size=batch_size, epoch=epoch)
+    seen = np.concatenate(steps)
+    assert all(len(step) == batch_size and step.dtype == np.int64 for step in steps)
+    assert len(steps) == steps_per_epoch(n, batch_size) == n // batch_size
+    assert len(np.unique(seen)) == len(seen) and seen.min() >= 0 and seen.max() < n
+
+
+@given(n=st.integers(12, 100), per_rank=st.integers(1, 4), world=st.integers(1, 3))
+def test_ranks_together_are_one_process_with_the_global_batch(n, per_rank, world):
+    whole = batches(n, batch_size=per_rank * world)
+    parts = [batches(n, batch_size=per_rank, rank=rank, world=world) for rank in range(world)]
+    assert len(whole) == steps_per_epoch(n, per_rank, world)
+    for step, of_ranks in zip(whole, zip(*parts, strict=True), strict=True):
+        np.testing.assert_array_equal(step, np.concatenate(of_ranks))
+
+
+@given(start=st.integers(0, 10))
+def test_resuming_continues_the_epoch(start):
+    whole = batches(101, batch_size=10, epoch=3)
+    rest = batches(101, batch_size=10, epoch=3, start_step=start)
+    np.testing.assert_array_equal(np.array(whole[start:]).reshape(-1, 10), np.array(rest).reshape(-1, 10))
+
+
+def test_epochs_and_seeds_differ():
+    orders = [np.concatenate(batches(64, batch_size=8, seed=s, epoch=e)) for s in range(3) for e in range(3)]
+    assert all((a != b).any() for a, b in itertools.combinations(orders, 2))
+
+
+def test_a_batch_is_the_callers_to_change():
+    first, second = random_order(4, batch_size=2, seed=0, epoch=0)
+    expected = second.copy()
+    first[:] = -1
+    np.testing.assert_array_equal(second, expected)
+
+
+def test_sequential_has_all_samples_in_file_order():
+    steps = list(sequential(10, 4))
+    assert [len(step) for step in steps] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate(steps), np.arange(10))
+    assert steps[0].dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda: random_order(7, batch_size=4, world=2, seed=0, epoch=0), "do not fill one batch"),
+        (lambda: random_order(8, batch_size=4, seed=0, epoch=0, start_step=3), "has 2 steps"),
+        (lambda: random_order(8, batch_size=4, seed=0, epoch=0, start_step=-1), "start step"),
+        (lambda: random_order(8, batch_size=4, seed=-1, epoch=0), "seed"),
+        (lambda: random_order(8, batch_size=0, seed=0, epoch=0), "batch size"),
+        (lambda: random_order(8, batch_size=4, seed=0, epoch=0, rank=2, world=2), "rank 2 of 2"),
+        (lambda: sequential(0, 4), "empty"),
+        (lambda: sequential(4, 0), "batch size"),
+    ],
+)
+def test_an_order_that_cannot_be_made_is_refused_at_once(call, names):
+    with pytest.raises(UserError, match=names):
+        call()
