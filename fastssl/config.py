@@ -1,0 +1,252 @@
+"""The typed configuration of a run. Every field is a command-line flag; `fastssl-train --help` is made from this file.
+
+A run's configuration is `Config` plus the options of its method (`method_options`, the `Config` of methods/NAME.py), so
+that a flag which the method does not read does not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from fastssl import methods
+from loaders.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Data and views"""
+
+    data: str = ""
+    """Training images: a .beton file made by fastssl-convert. Labels in it are never used for training."""
+    val: str | None = None
+    """Validation images (.beton): switches the kNN monitor on, with --data as its bank."""
+    size: int = 224
+    """Side of the square views, px."""
+    recipe: Literal["imagenet", "cifar"] = "imagenet"
+    """Augmentation: imagenet = MoCo v2's (crops of 0.2-1 of the area, jitter, gray, blur, flip); cifar = crops of
+    0.08-1, no blur (SimSiam appendix D)."""
+    crop_min: float | None = None
+    """Smallest crop, share of the image's area. None: the recipe's."""
+    blur: float | None = None
+    """Probability of Gaussian blur, sigma 0.1-2 px. None: the recipe's (0.5; 0 for cifar)."""
+    batch_size: int = 32
+    """Images per step, over all processes (each image is seen in all its views)."""
+    backend: str = "auto"
+    """Who decodes: auto, cpu (libjpeg-turbo in threads), synthetic (no data at all: measures the network's own speed)."""
+    workers: int | None = None
+    """Decoding threads per process. None: all cores on a CPU, all but one beside a GPU."""
+    prefetch: int = 3
+    """Batches prepared ahead of training."""
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    """A stored image that does not decode: stop and name it, or take the next one instead."""
+
+
+@dataclass(kw_only=True)
+class Model:
+    """Network and method"""
+
+    method: str = "fastsiam"
+    """Name of a file in fastssl/methods."""
+    backbone: str = "resnet50"
+    """resnet18, resnet34, resnet50 (torchvision), resnet18-cifar (3x3 stem, no max-pool) or timm/NAME."""
+    zero_init_residual: bool = True
+    """Start residual branches at zero (Goyal et al. 2017), as SimSiam's code does."""
+    sync_bn: bool = False
+    """BatchNorm statistics over all processes (CUDA only; SimSiam section 3 uses it on 8 GPUs)."""
+
+
+@dataclass(kw_only=True)
+class Optim:
+    """Optimisation (SGD)"""
+
+    epochs: int = 25
+    """Passes over the data."""
+    lr: float = 0.125
+    """Learning rate at --lr-batch-size images per step; scaled linearly to --batch-size (FastSiam section 4.1: 0.125 at
+    32; SimSiam section 3: 0.05 at 256)."""
+    lr_batch_size: int = 32
+    """The batch size that --lr was tuned for, images."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 1e-4
+    """On all parameters (SimSiam section 3; 5e-4 on CIFAR, appendix D)."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 0, epochs (SimSiam needs none)."""
+    schedule: Literal["epoch", "step"] = "epoch"
+    """Cosine decay to 0, changed once per epoch (SimSiam's code) or at every step (better for few epochs)."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """This run"""
+
+    out: Path | None = None
+    """Run folder. None: runs/NAME, NAME from the preset (or the method) and the data file."""
+    seed: int = 0
+    """Weights, order and views follow from it: same seed, same run."""
+    resume: bool = False
+    """Continue the run in --out where it stopped, in mid-epoch if need be; its configuration is taken from the folder."""
+    overwrite: bool = False
+    """Throw away the run that --out holds."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if there is one."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Half precision. auto: bf16 where the device has it, fp16 with loss scaling on older GPUs (Turing), off elsewhere."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for backbone and heads. auto: on CUDA only (on a CPU it gains nothing and needs a compiler)."""
+    max_steps: int | None = None
+    """Stop after this many steps in all (the learning rate still follows --epochs). None: run to the end."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl; each one waits for the device."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints; one is also written after every epoch."""
+    knn_every: int = 5
+    """Epochs between kNN evaluations, if --val is given (0: only after the last)."""
+    knn_k: int = 20
+    """Neighbours that vote in the monitor."""
+    knn_temperature: float = 0.07
+    """Votes weigh exp(cosine / T) (Wu et al. 2018)."""
+    knn_bank: int = 50_000
+    """Training images in the monitor's bank, at most."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Pre-train an image backbone without labels on one GPU (or a CPU)."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    method_options: Any = None
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+    preset: tyro.conf.Suppress[str] = ""
+
+    def __post_init__(self) -> None:
+        if self.method_options is None:
+            self.method_options = methods.load(self.model.method).Config()
+
+
+@functools.cache
+def typed_config(method: str) -> type[Config]:
+    """`Config` whose `method_options` have the type that `methods/METHOD.py` gives them, with its help text."""
+    options = methods.load(method).Config
+    made = dataclasses.make_dataclass(
+        "Config",
+        [("method_options", options, field(default_factory=options))],
+        bases=(Config,),
+        kw_only=True,
+    )
+    made.__doc__ = Config.__doc__
+    return made
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for values that make no sense, with the flag to change."""
+    data, optim, run = config.data, config.optim, config.run
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(message)
+
+    need(bool(data.data), "no training data: give --data TRAIN.beton (made by fastssl-convert)")
+    need(data.size >= 8, f"--size {data.size}: views need at least 8 px")
+    need(data.batch_size >= 2, f"--batch-size {data.batch_size}: BatchNorm needs at least 2 images per step")
+    need(data.prefetch >= 1, f"--prefetch {data.prefetch}: at least 1 batch has to be prepared")
+    need(data.workers is None or data.workers >= 1, f"--workers {data.workers}: at least 1 thread has to decode")
+    need(data.crop_min is None or 0 < data.crop_min <= 1, f"--crop-min {data.crop_min}: a share of the area, in (0, 1]")
+    need(data.blur is None or 0 <= data.blur <= 1, f"--blur {data.blur}: a probability, in [0, 1]")
+    need(optim.epochs >= 1, f"--epochs {optim.epochs}: at least 1")
+    need(optim.lr > 0 and optim.lr_batch_size > 0, f"--lr {optim.lr} at {optim.lr_batch_size} images: must be positive")
+    need(0 <= optim.warmup_epochs < optim.epochs, f"--warmup-epochs {optim.warmup_epochs}: in [0, --epochs)")
+    need(run.log_every >= 1, f"--log-every {run.log_every}: at least 1 step")
+    need(run.checkpoint_minutes >= 0, f"--checkpoint-minutes {run.checkpoint_minutes}: 0 or more")
+    need(run.knn_k >= 1 and run.knn_temperature > 0, "--knn-k must be at least 1 and --knn-temperature positive")
+    need(run.max_steps is None or run.max_steps >= 1, f"--max-steps {run.max_steps}: at least 1")
+    need(not (run.resume and run.overwrite), "--resume and --overwrite exclude each other: continue the run, or replace it")
+    if hasattr(config.method_options, "validate"):
+        config.method_options.validate()
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy with leaf fields changed by name, wherever they are (`replace(c, epochs=5, dim=512)`)."""
+    config = _copy(config)
+    for name, value in changes.items():
+        for group in (config.data, config.model, config.method_options, config.optim, config.run, config):
+            if name in {f.name for f in dataclasses.fields(group)}:
+                setattr(group, name, value)
+                break
+        else:
+            raise TypeError(f"the configuration of method {config.model.method} has no field {name!r}")
+    return config
+
+
+def with_method(config: Config, method: str) -> Config:
+    """The same configuration under another method, whose options keep the values that both methods have."""
+    made = typed_config(method)
+    options = methods.load(method).Config()
+    for f in dataclasses.fields(options):
+        if hasattr(config.method_options, f.name):
+            setattr(options, f.name, getattr(config.method_options, f.name))
+    model = dataclasses.replace(config.model, method=method)
+    return made(
+        data=config.data, model=model, method_options=options, optim=config.optim, run=config.run, preset=config.preset
+    )
+
+
+def _copy(config: Config) -> Config:
+    groups = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return type(config)(**{k: dataclasses.replace(v) if dataclasses.is_dataclass(v) else v for k, v in groups.items()})
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested values, for config.yaml and the checkpoint."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(values: dict[str, Any], where: str) -> Config:
+    """The inverse of `to_dict`. Raises UserError, naming `where`, for fields that do not exist."""
+    if not isinstance(values, dict) or "model" not in values:
+        raise UserError(f"{where} is not the configuration of a run")
+    options = methods.load(values["model"].get("method", "")).Config
+    types = {"data": Data, "model": Model, "method_options": options, "optim": Optim, "run": Run}
+    made = {}
+    for name, group in types.items():
+        given = values.get(name, {})
+        hints = typing.get_type_hints(group)
+        for key in given:
+            if key not in hints:
+                near = difflib.get_close_matches(key, hints, n=1)
+                raise UserError(f"{where} has an unknown field {name}.{key}" + (f", meant {near[0]}?" if near else ""))
+        made[name] = group(**{k: Path(v) if k == "out" and v is not None else v for k, v in given.items()})
+    return typed_config(made["model"].method)(preset=values.get("preset", ""), **made)
+
+
+def save_yaml(config: Config, path: Path) -> None:
+    """Write config.yaml."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def load_yaml(path: Path) -> Config:
+    """Read config.yaml. Raises UserError if it is not one."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    return from_dict(values, str(path))

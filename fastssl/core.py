@@ -1,0 +1,99 @@
+"""What a run is built from: device, precision, network, method, views."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastssl import methods
+from fastssl.config import Config
+from fastssl.nn import backbone, check_size, feature_width
+from loaders import ViewSpec
+from loaders.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for `auto`, `cpu` or `cuda`. Raises UserError for CUDA that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: torch finds no CUDA device here; check nvidia-smi and the torch build, or use --device cpu"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); without it bf16 is slower than fp32."""
+    return any(
+        getattr(torch.cpu, test, lambda: False)() for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Autocast type (None: fp32) and whether gradients need scaling, which fp16 does and bf16 does not."""
+
+    dtype: torch.dtype | None
+    scale: bool
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """The context that a forward pass runs in."""
+        return torch.autocast(device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+
+    def __str__(self) -> str:
+        names = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16 with loss scaling"}
+        return names[self.dtype]
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """bf16 where it is native, fp16 with loss scaling on older GPUs (Turing, sm_75), else fp32.
+
+    Raises UserError for fp16 on a CPU, which torch's loss scaling and most kernels do not serve.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            # bf16 "works" on Turing by emulation, several times slower than fp16: ask for the real thing.
+            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        else:
+            name = "bf16" if cpu_has_bf16() else "off"
+    if name == "fp16" and device.type != "cuda":
+        raise UserError("--amp fp16 needs a GPU: use bf16 or off on a CPU")
+    return {
+        "bf16": Precision(torch.bfloat16, False),
+        "fp16": Precision(torch.float16, True),
+        "off": Precision(None, False),
+    }[name]
+
+
+def make_views(config: Config) -> ViewSpec:
+    """The views that the method asks for, with the configuration's changes to crop and blur."""
+    module = methods.load(config.model.method)
+    spec = module.views(config.method_options, config.data.size, config.data.recipe)
+    changes: dict[str, object] = {}
+    if config.data.crop_min is not None:
+        changes["scale"] = (config.data.crop_min, 1.0)
+    if config.data.blur is not None:
+        changes["blur_p"] = config.data.blur
+    return dataclasses.replace(spec, views=tuple(dataclasses.replace(v, **changes) for v in spec.views))
+
+
+def make_method(config: Config) -> nn.Module:
+    """Backbone and heads, freshly initialised from the run's seed, on the host.
+
+    Raises UserError for an unknown backbone or one that does not take images of this size.
+    """
+    torch.manual_seed(config.run.seed)
+    net, _ = backbone(config.model.backbone, zero_init_residual=config.model.zero_init_residual)
+    check_size(config.model.backbone, net, config.data.size)
+    width = feature_width(net, config.data.size)
+    return methods.load(config.model.method).Method(net, width, config.method_options)
+
+
+def make_backbone(config: Config) -> nn.Module:
+    """The backbone of `make_method`, with the same weights: a run's network at random initialisation."""
+    return make_method(config).backbone

@@ -1,0 +1,116 @@
+"""fastssl-eval NAME RUN_OR_WEIGHTS --data TRAIN.beton --val VAL.beton."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastssl import evaluate
+from fastssl.cli import run_command
+from fastssl.core import pick_device, pick_precision
+from fastssl.evaluate.task import Task, load_backbone
+from loaders.beton import Reader
+from loaders.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Common:
+    """Network and data"""
+
+    weights: tyro.conf.Positional[Path]
+    """Run folder, or a weights .safetensors file."""
+    data: str = ""
+    """Labelled training images (.beton)."""
+    val: str = ""
+    """Labelled images to classify (.beton)."""
+    backbone: str | None = None
+    """Architecture, for weights that do not name it: resnet18, resnet50, timm/NAME, ..."""
+    size: int | None = None
+    """Side of the images given to the network, px. None: as in training."""
+    random: bool = True
+    """Evaluate the same network at random initialisation, too."""
+    seed: int = 0
+    """Of the random initialisation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if there is one."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Half precision, as in training."""
+    workers: int | None = None
+    """Decoding threads. None: by the machine."""
+    json: Path | None = None
+    """Write the results to this file, too."""
+
+
+def evaluate_weights(common: Common, name: str, config: Any) -> dict[str, dict[str, dict[str, float]]]:
+    """`{"weights": {setting: {metric: value}}, "random": ...}`. Raises UserError for input that cannot be used."""
+    if not common.data or not common.val:
+        raise UserError("give --data TRAIN.beton and --val VAL.beton: both with labels")
+    train, val = Reader(common.data), Reader(common.val)
+    device = pick_device(common.device)
+    net, random_net, size = load_backbone(common.weights, common.backbone, common.size, common.seed)
+    results = {}
+    nets = {"weights": net} | ({"random": random_net} if common.random else {})
+    for which, candidate in nets.items():
+        candidate.to(device, memory_format=torch.channels_last)
+        task = Task(candidate, train, val, size, device, pick_precision(common.amp, device), common.workers)
+        results[which] = evaluate.load(name).run(task, config)
+    return results
+
+
+def show(console: Console, title: str, results: dict[str, dict[str, dict[str, float]]]) -> None:
+    """One row per setting, one column per metric and network."""
+    names = {"weights": "", "random": " (random init)"}
+    table = Table(title=title, title_justify="left")
+    table.add_column("setting")
+    metrics = list(next(iter(results["weights"].values())))
+    for which in results:
+        for metric in metrics:
+            table.add_column(metric + names[which], justify="right")
+    for setting in results["weights"]:
+        table.add_row(setting, *(f"{results[w][setting][m]:.2f}" for w in results for m in metrics))
+    console.print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console command. Returns the exit status."""
+
+    def command(arguments: list[str]) -> int:
+        names = ", ".join(evaluate.available())
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(f"usage: fastssl-eval NAME RUN_OR_WEIGHTS --data TRAIN.beton --val VAL.beton [OPTIONS]\n\nNAME: {names}")
+            print("\nfastssl-eval NAME --help shows the options of one evaluation.")
+            return 0 if arguments else 2
+        name, *flags = arguments
+        module = evaluate.load(name)
+        made = dataclasses.make_dataclass(
+            "Evaluation",
+            [("common", Common), ("options", module.Config, dataclasses.field(default_factory=module.Config))],
+            kw_only=True,
+        )
+        parsed = tyro.cli(
+            Annotated[made, tyro.conf.OmitArgPrefixes],
+            prog=f"fastssl-eval {name}",
+            description=" ".join(module.__doc__.split()),
+            args=flags,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs),
+        )
+        results = evaluate_weights(parsed.common, name, parsed.options)
+        show(Console(), f"{name}, {parsed.common.weights}, % of {parsed.common.val}", results)
+        if parsed.common.json is not None:
+            parsed.common.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        return 0
+
+    return run_command("fastssl-eval", command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

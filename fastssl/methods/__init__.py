@@ -1,0 +1,37 @@
+"""Methods: one file each, found by module name.
+
+A method module defines
+
+    Config      a dataclass: the method's own options, each with its unit and source (they become command-line flags)
+    views       (config, size_px, recipe) -> ViewSpec: what the method asks of the loader
+    Method      nn.Module, built with (backbone, width, config); it has
+                    backbone              what is trained, evaluated and exported
+                    forward(batch)        -> (loss, metrics): a scalar, and detached scalars to log
+                    param_groups()        optional: dicts {"params": [...], "fixed_lr": bool} that partition the parameters
+                    after_step(progress)  optional: EMA, queues; progress runs from 0 to 1
+
+A new method is one new file; nothing else names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+
+from loaders.errors import UserError
+
+
+def available() -> list[str]:
+    """Names of the methods in this folder, sorted."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> ModuleType:
+    """The module of method `name`. Raises UserError for an unknown name."""
+    if name not in available():
+        near = difflib.get_close_matches(name, available(), n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ","
+        raise UserError(f"unknown method {name!r}{hint} choose from: {', '.join(available())}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,535 @@
+"""fastssl-train: build, loop, checkpoint. The only `optimizer.step()` of the project.
+
+    for each step:  views -> method -> loss -> backward -> one fused SGD step
+
+Nothing in the loop waits for the device except the logging step (`--log-every`) and the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
+
+import fastssl
+from fastssl import checkpoint, dist, export, presets
+from fastssl import config as configs
+from fastssl import log as logs
+from fastssl.cli import run_command
+from fastssl.config import Config
+from fastssl.core import make_method, make_views, pick_device, pick_precision
+from fastssl.evaluate import knn
+from fastssl.evaluate.features import extract
+from fastssl.optim import lr_at, make_sgd, scaled_lr, set_lr
+from loaders import Batch, Loader
+from loaders.beton import Reader
+from loaders.errors import UserError
+
+RUN_FILES = ("config.yaml", logs.METRICS, checkpoint.NAME, export.NAME, "views.png", "curves.png")
+# What --resume may change: how a run is carried out, not what it computes.
+RESUMABLE = {
+    "data": {"data", "val", "backend", "workers", "prefetch", "on_bad_sample"},
+    "run": {"out", "resume", "device", "compile", "max_steps", "log_every", "checkpoint_minutes", "knn_every", "knn_k"}
+    | {"knn_temperature", "knn_bank"},
+}
+
+
+class NonFiniteLoss(UserError):
+    """The loss or the weights are no longer numbers."""
+
+
+class Trainer:
+    """One run: what it is made of, where it stands, and the loop."""
+
+    def __init__(self, config: Config, console: Console):
+        configs.validate(config)
+        self.config, self.console = config, console
+        self.device = pick_device(config.run.device)
+        self.world = dist.init(self.device.type)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.precision = pick_precision(config.run.amp, self.device)
+        if config.data.batch_size % self.world.size:
+            raise UserError(
+                f"--batch-size {config.data.batch_size} does not divide among {self.world.size} processes: "
+                f"use a multiple of {self.world.size}"
+            )
+        # Everything that can be wrong with the input is found before anything is written.
+        self.reader = Reader(config.data.data)
+        self.val_reader = Reader(config.data.val) if config.data.val else None
+        if self.val_reader is not None and config.run.knn_k > min(len(self.reader), config.run.knn_bank):
+            raise UserError(f"--knn-k {config.run.knn_k} neighbours asked of {len(self.reader)} images: use fewer")
+        self.spec = make_views(config)
+        self.method = make_method(config)
+        self.loader = Loader(
+            self.reader,
+            self.spec,
+            batch_size=config.data.batch_size // self.world.size,
+            device=self.device,
+            backend=config.data.backend,
+            seed=config.run.seed,
+            rank=self.world.rank,
+            world=self.world.size,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+            dtype=self.precision.dtype or torch.float32,
+            on_bad_sample=config.data.on_bad_sample,
+        )
+        self.folder = Path(config.run.out) if config.run.out else default_folder(config)
+        self.state: dict[str, Any] | None = None
+        if config.run.resume:
+            self.state = checkpoint.load(self.folder)
+        else:
+            check_folder(self.folder, config.run.overwrite)
+        self._build()
+        self.step = 0  # steps done
+        self.seconds = 0.0  # spent in this run, over all its resumptions
+        self.best_knn: float | None = None
+        self.last_knn: float | None = None
+        self.stopping: str | None = None
+
+    def _build(self) -> None:
+        config, method = self.config, self.method
+        method.to(self.device, memory_format=torch.channels_last)
+        if config.model.sync_bn and self.world.size > 1:
+            if self.device.type != "cuda":
+                raise UserError("--sync-bn needs CUDA: torch has no synchronised BatchNorm on CPUs")
+            method = self.method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        self.base_lr = scaled_lr(config.optim, config.data.batch_size)
+        self.optimizer = make_sgd(method, config.optim, self.base_lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scale)
+        if config.run.compile == "on" or (config.run.compile == "auto" and self.device.type == "cuda"):
+            # The parts, not the whole: one graph serves all K views, and checkpoints keep their names.
+            for child in method.children():
+                child.compile()
+        self.forward = method
+        if self.world.size > 1:
+            # BatchNorm's running statistics stay each process's own; the first one's are saved.
+            self.forward = DistributedDataParallel(method, broadcast_buffers=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.loader)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps to do in all."""
+        total = self.config.optim.epochs * self.steps_per_epoch
+        return min(total, self.config.run.max_steps or total)
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end. Returns what the summary shows."""
+        config = self.config
+        self._open_folder()
+        self.log = logs.Log(self.folder, self.console if self.world.main else Console(quiet=True))
+        self._announce()
+        self._resume()
+        previous = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.log.start()
+        try:
+            if self.step == 0:
+                self._knn()
+            self.mark = self.last_checkpoint = time.perf_counter()
+            while self.step < self.total_steps and not self.stopping:
+                epoch, first = divmod(self.step, self.steps_per_epoch)
+                for batch in self.loader.epoch(epoch, first):
+                    self._train_step(batch)
+                    if self.step >= self.total_steps or self.stopping:
+                        break
+                    if self._checkpoint_due():
+                        self._save()
+                if self.stopping:
+                    break
+                ended = self.step % self.steps_per_epoch == 0
+                last = self.step >= self.total_steps
+                epochs_done = self.step // self.steps_per_epoch
+                if last or (ended and config.run.knn_every and epochs_done % config.run.knn_every == 0):
+                    self._knn()
+                if ended or last:
+                    self._save()
+            if self.stopping:
+                self._save()
+        except torch.OutOfMemoryError as error:
+            smaller = max(2, config.data.batch_size // 2)
+            raise UserError(
+                f"out of GPU memory with --batch-size {config.data.batch_size} and {self.spec.K} views of "
+                f"{config.data.size} px: try --batch-size {smaller} (the learning rate follows)"
+            ) from error
+        finally:
+            self.log.stop()
+            self.loader.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self._finish()
+
+    def _train_step(self, batch: Batch) -> None:
+        config = self.config
+        set_lr(self.optimizer, lr_at(config.optim, self.base_lr, self.step, self.steps_per_epoch))
+        with self.precision.autocast(self.device):
+            loss, metrics = self.forward(batch)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if hasattr(self.method, "after_step"):
+            self.method.after_step(self.step / (config.optim.epochs * self.steps_per_epoch))
+        self.step += 1
+        self.last_loss = loss.detach()
+        if self.step % config.run.log_every == 0 or self.step == self.total_steps:
+            self._log(metrics)
+
+    def _log(self, metrics: dict[str, torch.Tensor]) -> None:
+        """The one place in the loop that waits for the device."""
+        loss = self._finite_loss()
+        now, stats = time.perf_counter(), self.loader.stats.snapshot()
+        seconds = now - self.mark
+        steps = self.step - self.marked_step
+        images_per_s = steps * self.config.data.batch_size / seconds
+        entry = {
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "loss": loss,
+            **{name: value.item() for name, value in metrics.items()},
+            "lr": lr_at(self.config.optim, self.base_lr, self.step - 1, self.steps_per_epoch),
+            "images_per_s": images_per_s,
+            "views_per_s": images_per_s * self.spec.K,
+            "wait_share": (stats["wait"] - self.marked_wait) / seconds,
+            "seconds": self.seconds + seconds,
+        }
+        self._mark()
+        if self.world.main:
+            self.log.write(entry)
+            self._show(entry)
+
+    def _show(self, entry: dict[str, Any]) -> None:
+        config = self.config
+        left = (self.total_steps - self.step) * config.data.batch_size / entry["images_per_s"]
+        parts = [
+            f"epoch {entry['epoch']:.2f}/{config.optim.epochs}",
+            f"loss {entry['loss']:.4f}",
+            f"{entry['images_per_s']:.0f} images/s",
+            f"{entry['views_per_s']:.0f} views/s",
+            f"wait {100 * entry['wait_share']:.1f} %",
+        ]
+        if "feature_std" in entry:
+            parts.append(f"std {entry['feature_std']:.4f} (healthy {self.healthy_std:.4f})")
+        if self.last_knn is not None:
+            parts.append(f"kNN {self.last_knn:.1f} %")
+        parts.append(f"ETA {logs.duration(left)}")
+        self.log.show("  ".join(parts), force=self.step == self.total_steps)
+
+    @property
+    def healthy_std(self) -> float:
+        """1/sqrt(d): the feature std of outputs spread evenly over the sphere (SimSiam section 4.1)."""
+        return 1 / math.sqrt(getattr(self.config.method_options, "dim", 2048))
+
+    def _mark(self) -> None:
+        """Begin a new interval of measuring speed."""
+        now = time.perf_counter()
+        self.seconds += now - self.mark
+        self.mark, self.marked_step = now, self.step
+        self.marked_wait = self.loader.stats.snapshot()["wait"]
+
+    def _finite_loss(self) -> float:
+        loss = self.last_loss.item()
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss is {loss} at step {self.step} (epoch {self.step / self.steps_per_epoch:.2f}); the last good "
+                f"checkpoint is kept in {self.folder}: lower --lr (now {self.base_lr:g} at this batch size) or use --amp off"
+            )
+        return loss
+
+    # ------------------------------------------------------------------ kNN, checkpoints
+
+    def _knn(self) -> None:
+        """Monitor: weighted kNN of the validation images among the training images."""
+        if self.val_reader is None:
+            return
+        started = time.perf_counter()
+        if self.world.main:
+            run = self.config.run
+            options = {"size": self.config.data.size, "device": self.device, "amp_dtype": self.precision.dtype}
+            train = extract(self.method.backbone, self.reader, limit=run.knn_bank, **options)
+            val = extract(self.method.backbone, self.val_reader, **options)
+            settings = knn.Config(k=(run.knn_k,), temperature=run.knn_temperature, vote="weighted")
+            (result,) = knn.accuracy(train, val, settings).values()
+            self.last_knn = result["top1"]
+            self.best_knn = max(self.last_knn, self.best_knn or 0.0)
+            epoch = self.step / self.steps_per_epoch
+            entry = {"step": self.step, "epoch": epoch, "knn": result["top1"], "knn_top5": result["top5"]}
+            self.log.write(entry | {"knn_seconds": time.perf_counter() - started})
+            self.log.say(f"epoch {epoch:g}: kNN top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} %")
+        dist.barrier(self.world)
+        self.mark = time.perf_counter()
+
+    def _checkpoint_due(self) -> bool:
+        minutes = self.config.run.checkpoint_minutes
+        return self.world.main and minutes > 0 and time.perf_counter() - self.last_checkpoint >= 60 * minutes
+
+    def _save(self) -> None:
+        """Write the checkpoint, unless the weights have gone bad."""
+        if self.world.main:
+            self._finite_loss()
+            if not all(p.isfinite().all() for p in self.method.parameters()):
+                raise NonFiniteLoss(
+                    f"weights are not finite after step {self.step}; the last good checkpoint is kept in {self.folder}: "
+                    "lower --lr or use --amp off"
+                )
+            self._mark()
+            checkpoint.save(self.folder, self._state())
+        self.mark = self.last_checkpoint = time.perf_counter()
+        self.marked_step = self.step
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "config": configs.to_dict(self.config),
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "num_samples": len(self.reader),
+            "seconds": self.seconds,
+            "best_knn": self.best_knn,
+            "last_knn": self.last_knn,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def _resume(self) -> None:
+        self.mark, self.marked_step, self.marked_wait = time.perf_counter(), self.step, 0.0
+        if self.state is None:
+            return
+        state, self.state = self.state, None
+        if (state["num_samples"], state["steps_per_epoch"]) != (len(self.reader), self.steps_per_epoch):
+            raise UserError(
+                f"{self.config.data.data} holds {len(self.reader)} images, the run in {self.folder} began with "
+                f"{state['num_samples']}: resume with the same data"
+            )
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        if state["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        self.step = self.marked_step = state["step"]
+        self.seconds, self.best_knn, self.last_knn = state["seconds"], state["best_knn"], state["last_knn"]
+        if self.world.main:
+            logs.truncate_metrics(self.folder / logs.METRICS, self.step)
+            self.log.say(f"resumed at step {self.step} of {self.total_steps} (epoch {self.step / self.steps_per_epoch:.2f})")
+
+    def _ask_to_stop(self, number: int, _frame: object) -> None:
+        if self.stopping:  # asked twice: at once, from the last checkpoint
+            raise KeyboardInterrupt
+        self.stopping = signal.Signals(number).name
+
+    # ------------------------------------------------------------------ the folder
+
+    def _open_folder(self) -> None:
+        if not self.world.main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.config.run.resume:
+            return
+        for name in RUN_FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        # In the folder's own record of itself the run is neither being resumed nor overwriting.
+        own = dataclasses.replace(self.config.run, out=self.folder, overwrite=False)
+        configs.save_yaml(dataclasses.replace(self.config, run=own), self.folder / "config.yaml")
+        with Loader(
+            self.reader, self.spec, batch_size=min(8, len(self.reader)), seed=self.config.run.seed, workers=1
+        ) as loader:
+            views = next(iter(loader.epoch(0))).views
+            logs.save_views(self.folder / "views.png", views, self.spec.mean, self.spec.std)
+
+    def _announce(self) -> None:
+        config, count = self.config, sum(p.numel() for p in self.method.backbone.parameters())
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        rate = f"learning rate {self.base_lr:g}"
+        self.log.say(
+            f"{config.model.method}, {config.model.backbone} ({count / 1e6:.1f} M parameters), {len(self.reader)} images, "
+            f"{self.spec.K} views of {config.data.size} px, batch {config.data.batch_size}, {rate}, "
+            f"{config.optim.epochs} epochs of {self.steps_per_epoch} steps"
+        )
+        processes = f", {self.world.size} processes" if self.world.size > 1 else ""
+        self.log.say(f"{name}, {self.precision}{processes}, backend {self.loader.backend.name}; run folder {self.folder}")
+
+    def _finish(self) -> dict[str, Any]:
+        hours = self.seconds / 3600
+        images = self.step * self.config.data.batch_size
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        result = {
+            "steps": self.step,
+            "hours": hours,
+            "images_per_s": images / self.seconds if self.seconds else 0.0,
+            "peak_memory_gb": peak / 1e9,
+            "best_knn": self.best_knn,
+            "stopped": self.stopping,
+            "folder": self.folder,
+        }
+        if not self.world.main:
+            return result
+        entries = logs.read_metrics(self.folder / logs.METRICS)
+        logs.save_curves(self.folder / "curves.png", entries, self.healthy_std)
+        if self.stopping:
+            self.log.say(
+                f"stopped by {self.stopping} after step {self.step}; continue with: "
+                f"fastssl-train --out {self.folder} --resume"
+            )
+            return result
+        about = {
+            "program": f"fastssl {fastssl.__version__}",
+            "backbone": self.config.model.backbone,
+            "size": self.config.data.size,
+            "config": configs.to_dict(self.config),
+        }
+        export.save_weights(self.folder / export.NAME, self.method.backbone, about)
+        waits = [e["wait_share"] for e in entries if "wait_share" in e]
+        rows = [
+            ("training time", f"{logs.duration(self.seconds)} ({hours:.2f} h)"),
+            ("images/s", f"{result['images_per_s']:.1f} ({result['images_per_s'] * self.spec.K:.1f} views/s)"),
+            ("waiting for data", f"{100 * sum(waits) / max(1, len(waits)):.1f} %"),
+            ("peak memory", f"{result['peak_memory_gb']:.2f} GB ({'GPU' if self.device.type == 'cuda' else 'host'})"),
+        ]
+        if self.loader.stats.replaced:
+            rows.append(("broken samples replaced", str(self.loader.stats.replaced)))
+        if self.best_knn is not None:
+            first = next((e["knn"] for e in entries if "knn" in e), math.nan)
+            rows.append(("kNN top-1", f"{self.best_knn:.1f} % best, {self.last_knn:.1f} % last, {first:.1f} % at the start"))
+        rows.append(("weights", str(self.folder / export.NAME)))
+        logs.summary(self.console, "done", rows)
+        return result
+
+
+def default_folder(config: Config) -> Path:
+    """runs/NAME-DATA: NAME is the preset, or method and backbone."""
+    name = config.preset or f"{config.model.method}-{config.model.backbone.replace('/', '-')}"
+    return Path("runs") / f"{name}-{Path(config.data.data).name.removesuffix('.beton')}"
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise UserError if a new run in `folder` would destroy something."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file: give a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"--out {folder} is not empty and holds no run of this program: give another folder")
+    if not overwrite:
+        raise UserError(f"--out {folder} holds a run: continue it with --resume, replace it with --overwrite")
+
+
+# ---------------------------------------------------------------------- command line
+
+
+def parse(argv: list[str]) -> Config:
+    """The configuration that a command line asks for: preset (or the run to resume), then flags.
+
+    Raises UserError for unknown names; tyro ends the program with status 2 for flags that do not exist.
+    """
+    import tyro
+
+    preset = argv[0] if argv and not argv[0].startswith("-") else None
+    flags = argv[1:] if preset else argv
+    base = presets.load(preset) if preset else configs.typed_config("fastsiam")()
+    resuming = "--resume" in flags
+    saved: Config | None = None
+    if resuming:
+        folder = _flag(flags, "--out")
+        if folder is None:
+            if preset is None or _flag(flags, "--data") is None:
+                raise UserError("--resume: say which run with --out DIR")
+            folder = str(default_folder(configs.replace(base, data=_flag(flags, "--data"))))
+        path = Path(folder) / "config.yaml"
+        if not path.exists():
+            raise UserError(f"--resume: {folder} holds no run (no config.yaml); leave --resume out to start one")
+        saved = base = configs.load_yaml(path)
+    method = _flag(flags, "--method")
+    if method is not None and method != base.model.method:
+        base = configs.with_method(base, method)
+    config = tyro.cli(
+        configs.typed_config(base.model.method),
+        prog="fastssl-train",
+        usage="fastssl-train [PRESET] --data TRAIN.beton [--val VAL.beton] [OPTIONS]",
+        description="Pre-train an image backbone without labels on one GPU (or a CPU). PRESET is a named recipe "
+        "(fastssl-train --list shows them); options change single values of it. Options of the method itself are those "
+        "of --method (here: " + base.model.method + ").",
+        default=base,
+        args=flags,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if saved is not None:
+        _check_resumable(saved, config)
+    return config
+
+
+def _flag(flags: list[str], name: str) -> str | None:
+    """The value of a flag before the command line is parsed: which options exist depends on it."""
+    value = None
+    for here, following in itertools.zip_longest(flags, flags[1:]):
+        if here == name:
+            value = following
+        elif here.startswith(name + "="):
+            value = here.removeprefix(name + "=")
+    return value
+
+
+def _check_resumable(saved: Config, config: Config) -> None:
+    before, after = configs.to_dict(saved), configs.to_dict(config)
+    for group in ("data", "model", "method_options", "optim", "run"):
+        for name, value in after[group].items():
+            if name not in RESUMABLE.get(group, ()) and value != before[group].get(name):
+                raise UserError(
+                    f"--resume cannot change {name} from {before[group].get(name)} to {value}: leave the flag out, or start "
+                    "a new run in another folder"
+                )
+
+
+def train(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Run one configuration from start (or checkpoint) to end.
+
+    Returns steps, hours, images_per_s, peak_memory_gb, best_knn, stopped and folder. Raises UserError for input that
+    cannot be used, before anything is written.
+    """
+    trainer = Trainer(config, console or Console())
+    try:
+        return trainer.run()
+    finally:
+        trainer.loader.close()
+        dist.finish(trainer.world)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console command. Returns the exit status: 0 done, 2 bad input, 130 stopped."""
+
+    def command(arguments: list[str]) -> int:
+        if arguments == ["--list"]:
+            _list_presets()
+            return 0
+        return 130 if train(parse(arguments))["stopped"] else 0
+
+    return run_command("fastssl-train", command, argv)
+
+
+def _list_presets() -> None:
+    rows = [(name, " ".join(factory.__doc__.split())) for name, factory in presets.PRESETS.items()]
+    logs.summary(Console(), "presets", rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
