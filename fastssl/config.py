@@ -41,7 +41,7 @@ class Data:
     batch_size: int = 32
     """Images per step, over all processes (each image is seen in all its views)."""
     backend: str = "auto"
-    """Who decodes: auto, cpu (libjpeg-turbo in threads), synthetic (no data at all: measures the network's own speed)."""
+    """Who decodes: auto, cpu (libjpeg-turbo in threads), or synthetic (no pixels, to measure the network alone)."""
     workers: int | None = None
     """Decoding threads per process. None: all cores on a CPU, all but one beside a GPU."""
     prefetch: int = 3
@@ -94,13 +94,13 @@ class Run:
     seed: int = 0
     """Weights, order and views follow from it: same seed, same run."""
     resume: bool = False
-    """Continue the run in --out where it stopped, in mid-epoch if need be; its configuration is taken from the folder."""
+    """Continue the run in --out where it stopped, in mid-epoch if need be, with the configuration that is there."""
     overwrite: bool = False
     """Throw away the run that --out holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if there is one."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Half precision. auto: bf16 where the device has it, fp16 with loss scaling on older GPUs (Turing), off elsewhere."""
+    """Half precision. auto: bf16 where the device has it, fp16 with loss scaling on Turing GPUs, off elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for backbone and heads. auto: on CUDA only (on a CPU it gains nothing and needs a compiler)."""
     max_steps: int | None = None
@@ -171,7 +171,10 @@ def validate(config: Config) -> None:
     need(run.checkpoint_minutes >= 0, f"--checkpoint-minutes {run.checkpoint_minutes}: 0 or more")
     need(run.knn_k >= 1 and run.knn_temperature > 0, "--knn-k must be at least 1 and --knn-temperature positive")
     need(run.max_steps is None or run.max_steps >= 1, f"--max-steps {run.max_steps}: at least 1")
-    need(not (run.resume and run.overwrite), "--resume and --overwrite exclude each other: continue the run, or replace it")
+    need(
+        not (run.resume and run.overwrite),
+        "--resume and --overwrite exclude each other: continue the run, or replace it",
+    )
     if hasattr(config.method_options, "validate"):
         config.method_options.validate()
 

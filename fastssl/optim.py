@@ -38,9 +38,7 @@ def make_sgd(method: nn.Module, optim: Optim, base_lr: float) -> torch.optim.SGD
     covered = sorted(id(p) for g in groups for p in g["params"])
     if covered != sorted(id(p) for p in method.parameters() if p.requires_grad):
         raise ValueError("param_groups() of the method must hold every trainable parameter exactly once")
-    return torch.optim.SGD(
-        groups, lr=base_lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
-    )
+    return torch.optim.SGD(groups, lr=base_lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

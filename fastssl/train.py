@@ -247,7 +247,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise NonFiniteLoss(
                 f"the loss is {loss} at step {self.step} (epoch {self.step / self.steps_per_epoch:.2f}); the last good "
-                f"checkpoint is kept in {self.folder}: lower --lr (now {self.base_lr:g} at this batch size) or use --amp off"
+                f"checkpoint is kept in {self.folder}: lower --lr (now {self.base_lr:g} at this batch size)"
             )
         return loss
 
@@ -284,7 +284,7 @@ class Trainer:
             self._finite_loss()
             if not all(p.isfinite().all() for p in self.method.parameters()):
                 raise NonFiniteLoss(
-                    f"weights are not finite after step {self.step}; the last good checkpoint is kept in {self.folder}: "
+                    f"weights are not finite after step {self.step}; the last good checkpoint stays in {self.folder}: "
                     "lower --lr or use --amp off"
                 )
             self._mark()
@@ -328,7 +328,9 @@ class Trainer:
         self.seconds, self.best_knn, self.last_knn = state["seconds"], state["best_knn"], state["last_knn"]
         if self.world.main:
             logs.truncate_metrics(self.folder / logs.METRICS, self.step)
-            self.log.say(f"resumed at step {self.step} of {self.total_steps} (epoch {self.step / self.steps_per_epoch:.2f})")
+            self.log.say(
+                f"resumed at step {self.step} of {self.total_steps} (epoch {self.step / self.steps_per_epoch:.2f})"
+            )
 
     def _ask_to_stop(self, number: int, _frame: object) -> None:
         if self.stopping:  # asked twice: at once, from the last checkpoint
@@ -357,14 +359,15 @@ class Trainer:
     def _announce(self) -> None:
         config, count = self.config, sum(p.numel() for p in self.method.backbone.parameters())
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        rate = f"learning rate {self.base_lr:g}"
         self.log.say(
-            f"{config.model.method}, {config.model.backbone} ({count / 1e6:.1f} M parameters), {len(self.reader)} images, "
-            f"{self.spec.K} views of {config.data.size} px, batch {config.data.batch_size}, {rate}, "
-            f"{config.optim.epochs} epochs of {self.steps_per_epoch} steps"
+            f"{config.model.method}, {config.model.backbone} ({count / 1e6:.1f} M parameters), "
+            f"{len(self.reader)} images, {self.spec.K} views of {config.data.size} px, batch {config.data.batch_size}, "
+            f"learning rate {self.base_lr:g}, {config.optim.epochs} epochs of {self.steps_per_epoch} steps"
         )
         processes = f", {self.world.size} processes" if self.world.size > 1 else ""
-        self.log.say(f"{name}, {self.precision}{processes}, backend {self.loader.backend.name}; run folder {self.folder}")
+        self.log.say(
+            f"{name}, {self.precision}{processes}, backend {self.loader.backend.name}; run folder {self.folder}"
+        )
 
     def _finish(self) -> dict[str, Any]:
         hours = self.seconds / 3600
@@ -410,7 +413,9 @@ class Trainer:
             rows.append(("broken samples replaced", str(self.loader.stats.replaced)))
         if self.best_knn is not None:
             first = next((e["knn"] for e in entries if "knn" in e), math.nan)
-            rows.append(("kNN top-1", f"{self.best_knn:.1f} % best, {self.last_knn:.1f} % last, {first:.1f} % at the start"))
+            rows.append(
+                ("kNN top-1", f"{self.best_knn:.1f} % best, {self.last_knn:.1f} % last, {first:.1f} % at the start")
+            )
         rows.append(("weights", str(self.folder / export.NAME)))
         logs.summary(self.console, "done", rows)
         return result
@@ -495,8 +500,8 @@ def _check_resumable(saved: Config, config: Config) -> None:
         for name, value in after[group].items():
             if name not in RESUMABLE.get(group, ()) and value != before[group].get(name):
                 raise UserError(
-                    f"--resume cannot change {name} from {before[group].get(name)} to {value}: leave the flag out, or start "
-                    "a new run in another folder"
+                    f"--resume cannot change {name} from {before[group].get(name)} to {value}: leave the flag "
+                    "out, or start a new run in another folder"
                 )
 
 

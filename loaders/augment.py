@@ -196,7 +196,11 @@ class DeviceAugment:
         }
         self._fast = self._eager
         if self.device.type == "cuda":
-            self._fast = {v: torch.compile(f, fullgraph=True, dynamic=False) for v, f in self._eager.items()}
+            # An evaluation's centre crop is only normalised: not worth compiling for every pass over a file.
+            self._fast = {
+                v: f if v.center is not None else torch.compile(f, fullgraph=True, dynamic=False)
+                for v, f in self._eager.items()
+            }
 
     def __call__(self, crops: Sequence[torch.Tensor], draws: Sequence[Draws]) -> list[torch.Tensor]:
         """K views [B, 3, S_k, S_k] from K uint8 crops on the device; the parameters travel in one transfer."""

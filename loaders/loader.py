@@ -1,6 +1,6 @@
 """Order -> bytes -> backend -> augment, some batches ahead of training.
 
-    feeder thread   order -> draws -> backend.start(job) ........ wait -> (copy, augment on a side stream) -> ready queue
+    feeder thread   order -> draws -> backend.start(job) ..... wait -> (copy, augment on a side stream) -> ready queue
     worker threads                    read, decode, crop (, augment)
     your loop                                                              for batch in loader.epoch(e): ...
 

@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     def command(arguments: list[str]) -> int:
         names = ", ".join(evaluate.available())
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(f"usage: fastssl-eval NAME RUN_OR_WEIGHTS --data TRAIN.beton --val VAL.beton [OPTIONS]\n\nNAME: {names}")
+            print(
+                f"usage: fastssl-eval NAME RUN_OR_WEIGHTS --data TRAIN.beton --val VAL.beton [OPTIONS]\n\nNAME: {names}"
+            )
             print("\nfastssl-eval NAME --help shows the options of one evaluation.")
             return 0 if arguments else 2
         name, *flags = arguments

@@ -49,7 +49,9 @@ def load_backbone(path: Path, name: str | None, size: int | None, seed: int) -> 
     """
     file = path / export.NAME if path.is_dir() else path
     if path.is_dir() and not file.exists():
-        raise UserError(f"{path} holds no {export.NAME}: the run has not ended (continue it with fastssl-train --resume)")
+        raise UserError(
+            f"{path} holds no {export.NAME}: the run has not ended (continue it with fastssl-train --resume)"
+        )
     state, about = export.load_weights(file)
     name = name or about.get("backbone")
     size = size or (int(about["size"]) if "size" in about else None)

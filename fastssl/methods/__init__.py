@@ -7,7 +7,7 @@ A method module defines
     Method      nn.Module, built with (backbone, width, config); it has
                     backbone              what is trained, evaluated and exported
                     forward(batch)        -> (loss, metrics): a scalar, and detached scalars to log
-                    param_groups()        optional: dicts {"params": [...], "fixed_lr": bool} that partition the parameters
+                    param_groups()        optional: dicts {"params": [...], "fixed_lr": bool}, all parameters in them
                     after_step(progress)  optional: EMA, queues; progress runs from 0 to 1
 
 A new method is one new file; nothing else names it.

@@ -31,7 +31,9 @@ class Config(base.Config):
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         if self.num_views < 2:
-            raise UserError(f"--num-views {self.num_views}: a view needs at least one other as its target, use 2 or more")
+            raise UserError(
+                f"--num-views {self.num_views}: a view needs at least one other as its target, use 2 or more"
+            )
 
 
 def views(config: Config, size: int, recipe: str) -> ViewSpec:

@@ -98,8 +98,9 @@ def test_limit_spreads_over_the_file(beton: Path) -> None:
 @pytest.fixture(scope="module")
 def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
-    flags = "--backbone resnet18 --size 32 --batch-size 8 --epochs 1 --dim 32 --hidden 8 --max-steps 2".split()
-    assert train_main(["--data", str(beton), "--out", str(folder), *flags]) == 0
+    network = ["--backbone", "resnet18", "--size", "32", "--dim", "32", "--hidden", "8"]
+    steps = ["--batch-size", "8", "--epochs", "1", "--max-steps", "2"]
+    assert train_main(["--data", str(beton), "--out", str(folder), *network, *steps]) == 0
     return folder
 
 

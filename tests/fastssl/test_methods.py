@@ -162,10 +162,10 @@ def test_every_parameter_belongs_to_one_group_and_gets_a_gradient(any_method) ->
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
 
 
-def test_views_follow_recipe_and_size(any_method) -> None:
-    for name in methods.available():
-        module = methods.load(name)
-        for recipe in ("imagenet", "cifar"):
-            spec = module.views(module.Config(), 48, recipe)
-            assert spec.sizes == (48,) * spec.K
-            assert (spec.views[0].blur_p > 0) == (recipe == "imagenet")
+@pytest.mark.parametrize("name", methods.available())
+def test_views_follow_recipe_and_size(name: str) -> None:
+    module = methods.load(name)
+    for recipe in ("imagenet", "cifar"):
+        spec = module.views(module.Config(), 48, recipe)
+        assert spec.sizes == (48,) * spec.K
+        assert (spec.views[0].blur_p > 0) == (recipe == "imagenet")

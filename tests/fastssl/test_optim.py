@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -32,7 +33,7 @@ def test_cosine_per_step_and_warmup() -> None:
     rates = [lr_at(optim, 1.0, step, 5) for step in range(50)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == pytest.approx(1.0)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)))
 
 

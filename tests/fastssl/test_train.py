@@ -22,7 +22,8 @@ from fastssl.train import main
 
 ROOT = Path(__file__).parents[2]
 # Two epochs of six steps in a few seconds.
-SMALL = "--backbone resnet18 --size 32 --batch-size 8 --epochs 2 --dim 32 --hidden 8 --log-every 1 --workers 2".split()
+_SMALL = {"backbone": "resnet18", "size": 32, "batch-size": 8, "epochs": 2, "dim": 32, "hidden": 8, "log-every": 1}
+SMALL = [str(word) for name, value in _SMALL.items() for word in (f"--{name}", value)]
 
 
 def train(*arguments: object) -> int:
@@ -52,7 +53,9 @@ def test_a_run_folder_holds_what_is_promised(finished: Path) -> None:
     entries = logs.read_metrics(finished / logs.METRICS)
     steps = [e for e in entries if "loss" in e]
     assert [e["step"] for e in steps] == list(range(1, 13))
-    assert {"epoch", "loss", "lr", "feature_std", "images_per_s", "views_per_s", "wait_share", "seconds"} <= steps[0].keys()
+    assert {"epoch", "loss", "lr", "feature_std", "images_per_s", "views_per_s", "wait_share", "seconds"} <= steps[
+        0
+    ].keys()
     assert [e["epoch"] for e in entries if "knn" in e] == [0, 1, 2]
     assert all(0 <= e["knn"] <= e["knn_top5"] <= 100 for e in entries if "knn" in e)
     assert yaml.safe_load((finished / "config.yaml").read_text())["model"]["method"] == "fastsiam"
@@ -74,7 +77,9 @@ def test_the_view_grid_has_eight_images_and_k_views(finished: Path) -> None:
     assert (width, height) == (4 * (96 + 4) + 4, 8 * (96 + 4) + 4)  # 32 px shown three times as large
 
 
-def test_resume_gives_the_same_losses_to_the_last_bit(beton: Path, val_beton: Path, finished: Path, tmp_path: Path) -> None:
+def test_resume_gives_the_same_losses_to_the_last_bit(
+    beton: Path, val_beton: Path, finished: Path, tmp_path: Path
+) -> None:
     """Stopped in mid-epoch, continued, stopped again at an epoch's end, continued."""
     folder = tmp_path / "run"
     monitor = ("--val", val_beton, "--knn-k", "5", "--knn-every", "1")
@@ -89,7 +94,9 @@ def test_resume_gives_the_same_losses_to_the_last_bit(beton: Path, val_beton: Pa
 
 def spawn(beton: Path, folder: Path, *more: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "fastssl.train", "--data", beton, "--out", folder, *SMALL, *more]
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -190,7 +197,9 @@ def test_options_of_another_method_do_not_exist(beton: Path) -> None:
     assert ended.value.code == 2
 
 
-def test_another_run_is_never_overwritten(beton: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_another_run_is_never_overwritten(
+    beton: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     before = {p.name: p.read_bytes() for p in finished.iterdir()}
     assert "--resume, replace it with --overwrite" in one_line(capsys, "--data", beton, "--out", finished, *SMALL)
     assert {p.name: p.read_bytes() for p in finished.iterdir()} == before
@@ -241,7 +250,7 @@ def test_out_of_gpu_memory_says_which_batch_size_to_try(
 ) -> None:
     from fastssl.methods import simsiam
 
-    def forward(self, batch):
+    def forward(_self, _batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(simsiam.Method, "forward", forward)
@@ -278,7 +287,7 @@ def test_config_survives_yaml(tmp_path: Path) -> None:
     assert configs.load_yaml(tmp_path / "config.yaml") == config
     text = (tmp_path / "config.yaml").read_text().replace("epochs", "epoch")
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match="unknown field optim.epoch, meant epochs"):
+    with pytest.raises(ValueError, match=r"unknown field optim\.epoch, meant epochs"):
         configs.load_yaml(tmp_path / "config.yaml")
 
 

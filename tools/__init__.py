@@ -1,0 +1,1 @@
+"""Small programs that are run from a checkout: `python -m tools.NAME`."""
