@@ -8,7 +8,6 @@ Nothing in the loop waits for the device except the logging step (`--log-every`)
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import resource
 import signal
@@ -22,9 +21,10 @@ from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
 import fastssl
-from fastssl import checkpoint, dist, export, presets
+from fastssl import checkpoint, dist, export
 from fastssl import config as configs
 from fastssl import log as logs
+from fastssl.arguments import default_folder, list_presets, parse
 from fastssl.cli import run_command
 from fastssl.config import Config
 from fastssl.core import make_method, make_views, pick_device, pick_precision
@@ -36,12 +36,6 @@ from loaders.beton import Reader
 from loaders.errors import UserError
 
 RUN_FILES = ("config.yaml", logs.METRICS, checkpoint.NAME, export.NAME, "views.png", "curves.png")
-# What --resume may change: how a run is carried out, not what it computes.
-RESUMABLE = {
-    "data": {"data", "val", "backend", "workers", "prefetch", "on_bad_sample"},
-    "run": {"out", "resume", "device", "compile", "max_steps", "log_every", "checkpoint_minutes", "knn_every", "knn_k"}
-    | {"knn_temperature", "knn_bank"},
-}
 
 
 class NonFiniteLoss(UserError):
@@ -421,12 +415,6 @@ class Trainer:
         return result
 
 
-def default_folder(config: Config) -> Path:
-    """runs/NAME-DATA: NAME is the preset, or method and backbone."""
-    name = config.preset or f"{config.model.method}-{config.model.backbone.replace('/', '-')}"
-    return Path("runs") / f"{name}-{Path(config.data.data).name.removesuffix('.beton')}"
-
-
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raise UserError if a new run in `folder` would destroy something."""
     if folder.exists() and not folder.is_dir():
@@ -437,72 +425,6 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"--out {folder} is not empty and holds no run of this program: give another folder")
     if not overwrite:
         raise UserError(f"--out {folder} holds a run: continue it with --resume, replace it with --overwrite")
-
-
-# ---------------------------------------------------------------------- command line
-
-
-def parse(argv: list[str]) -> Config:
-    """The configuration that a command line asks for: preset (or the run to resume), then flags.
-
-    Raises UserError for unknown names; tyro ends the program with status 2 for flags that do not exist.
-    """
-    import tyro
-
-    preset = argv[0] if argv and not argv[0].startswith("-") else None
-    flags = argv[1:] if preset else argv
-    base = presets.load(preset) if preset else configs.typed_config("fastsiam")()
-    resuming = "--resume" in flags
-    saved: Config | None = None
-    if resuming:
-        folder = _flag(flags, "--out")
-        if folder is None:
-            if preset is None or _flag(flags, "--data") is None:
-                raise UserError("--resume: say which run with --out DIR")
-            folder = str(default_folder(configs.replace(base, data=_flag(flags, "--data"))))
-        path = Path(folder) / "config.yaml"
-        if not path.exists():
-            raise UserError(f"--resume: {folder} holds no run (no config.yaml); leave --resume out to start one")
-        saved = base = configs.load_yaml(path)
-    method = _flag(flags, "--method")
-    if method is not None and method != base.model.method:
-        base = configs.with_method(base, method)
-    config = tyro.cli(
-        configs.typed_config(base.model.method),
-        prog="fastssl-train",
-        usage="fastssl-train [PRESET] --data TRAIN.beton [--val VAL.beton] [OPTIONS]",
-        description="Pre-train an image backbone without labels on one GPU (or a CPU). PRESET is a named recipe "
-        "(fastssl-train --list shows them); options change single values of it. Options of the method itself are those "
-        "of --method (here: " + base.model.method + ").",
-        default=base,
-        args=flags,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    if saved is not None:
-        _check_resumable(saved, config)
-    return config
-
-
-def _flag(flags: list[str], name: str) -> str | None:
-    """The value of a flag before the command line is parsed: which options exist depends on it."""
-    value = None
-    for here, following in itertools.zip_longest(flags, flags[1:]):
-        if here == name:
-            value = following
-        elif here.startswith(name + "="):
-            value = here.removeprefix(name + "=")
-    return value
-
-
-def _check_resumable(saved: Config, config: Config) -> None:
-    before, after = configs.to_dict(saved), configs.to_dict(config)
-    for group in ("data", "model", "method_options", "optim", "run"):
-        for name, value in after[group].items():
-            if name not in RESUMABLE.get(group, ()) and value != before[group].get(name):
-                raise UserError(
-                    f"--resume cannot change {name} from {before[group].get(name)} to {value}: leave the flag "
-                    "out, or start a new run in another folder"
-                )
 
 
 def train(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -524,16 +446,11 @@ def main(argv: list[str] | None = None) -> int:
 
     def command(arguments: list[str]) -> int:
         if arguments == ["--list"]:
-            _list_presets()
+            list_presets()
             return 0
         return 130 if train(parse(arguments))["stopped"] else 0
 
     return run_command("fastssl-train", command, argv)
-
-
-def _list_presets() -> None:
-    rows = [(name, " ".join(factory.__doc__.split())) for name, factory in presets.PRESETS.items()]
-    logs.summary(Console(), "presets", rows)
 
 
 if __name__ == "__main__":

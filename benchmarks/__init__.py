@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks.NAME`. Results that matter are in benchmarks/records/."""

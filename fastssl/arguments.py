@@ -1,0 +1,95 @@
+"""From the command line of fastssl-train to a configuration: preset or resumed run first, then flags over it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from fastssl import config as configs
+from fastssl import presets
+from fastssl.config import Config
+from fastssl.log import summary
+from loaders.errors import UserError
+
+# What --resume may change: how a run is carried out, not what it computes.
+RESUMABLE = {
+    "data": {"data", "val", "backend", "workers", "prefetch", "on_bad_sample"},
+    "run": {"out", "resume", "device", "compile", "max_steps", "log_every", "checkpoint_minutes", "knn_every", "knn_k"}
+    | {"knn_temperature", "knn_bank"},
+}
+
+
+def default_folder(config: Config) -> Path:
+    """runs/NAME-DATA: NAME is the preset, or method and backbone."""
+    name = config.preset or f"{config.model.method}-{config.model.backbone.replace('/', '-')}"
+    return Path("runs") / f"{name}-{Path(config.data.data).name.removesuffix('.beton')}"
+
+
+def parse(argv: list[str]) -> Config:
+    """The configuration that a command line asks for: preset (or the run to resume), then flags.
+
+    Raises UserError for unknown names; tyro ends the program with status 2 for flags that do not exist.
+    """
+    preset = argv[0] if argv and not argv[0].startswith("-") else None
+    flags = argv[1:] if preset else argv
+    base = presets.load(preset) if preset else configs.typed_config("fastsiam")()
+    resuming = "--resume" in flags
+    saved: Config | None = None
+    if resuming:
+        folder = _flag(flags, "--out")
+        if folder is None:
+            if preset is None or _flag(flags, "--data") is None:
+                raise UserError("--resume: say which run with --out DIR")
+            folder = str(default_folder(configs.replace(base, data=_flag(flags, "--data"))))
+        path = Path(folder) / "config.yaml"
+        if not path.exists():
+            raise UserError(f"--resume: {folder} holds no run (no config.yaml); leave --resume out to start one")
+        saved = base = configs.load_yaml(path)
+    method = _flag(flags, "--method")
+    if method is not None and method != base.model.method:
+        base = configs.with_method(base, method)
+    config = tyro.cli(
+        configs.typed_config(base.model.method),
+        prog="fastssl-train",
+        usage="fastssl-train [PRESET] --data TRAIN.beton [--val VAL.beton] [OPTIONS]",
+        description="Pre-train an image backbone without labels on one GPU (or a CPU). PRESET is a named recipe "
+        "(fastssl-train --list shows them); options change single values of it. Options of the method itself are those "
+        "of --method (here: " + base.model.method + ").",
+        default=base,
+        args=flags,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if saved is not None:
+        _check_resumable(saved, config)
+    return config
+
+
+def _flag(flags: list[str], name: str) -> str | None:
+    """The value of a flag before the command line is parsed: which options exist depends on it."""
+    value = None
+    for here, following in itertools.zip_longest(flags, flags[1:]):
+        if here == name:
+            value = following
+        elif here.startswith(name + "="):
+            value = here.removeprefix(name + "=")
+    return value
+
+
+def _check_resumable(saved: Config, config: Config) -> None:
+    before, after = configs.to_dict(saved), configs.to_dict(config)
+    for group in ("data", "model", "method_options", "optim", "run"):
+        for name, value in after[group].items():
+            if name not in RESUMABLE.get(group, ()) and value != before[group].get(name):
+                raise UserError(
+                    f"--resume cannot change {name} from {before[group].get(name)} to {value}: leave the flag "
+                    "out, or start a new run in another folder"
+                )
+
+
+def list_presets() -> None:
+    """Print every preset with its source."""
+    rows = [(name, " ".join(factory.__doc__.split())) for name, factory in presets.PRESETS.items()]
+    summary(Console(), "presets", rows)
