@@ -108,6 +108,8 @@ class Reader:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        if self.path.is_fifo():  # opening one waits for a writer
+            raise UserError(f"{self.path} is a pipe, and a .beton is read from all over; name a file")
         try:
             with open(self.path, "rb") as file:
                 self._parse(file)

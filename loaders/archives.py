@@ -1,0 +1,283 @@
+"""Where files lie: a folder, a tar, a compressed tar, a zip. Listed once, then read by place; never unpacked to disk.
+
+Each container has the same three things: `list()` yields its files in a fixed order, `read(member)` returns the content
+of one, and `sequential` says that reading is cheap in that order only (a compressed tar; then one thread must read).
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import stat
+import tarfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from loaders.errors import UserError
+
+__all__ = ["Container", "Folder", "Member", "SequentialTar", "Tar", "Zip", "open_container"]
+
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+
+
+class Member(NamedTuple):
+    """One file of a container: path with '/', where its content starts (meaning depends on the container), bytes."""
+
+    path: str
+    offset: int
+    size: int
+
+
+class Container:
+    """What all containers share. `read` is safe from many threads unless `sequential`."""
+
+    sequential = False
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def list(self) -> Iterator[Member]:
+        """All files but hidden ones, in a fixed order. `read` works for a member as soon as it was listed."""
+        raise NotImplementedError
+
+    def read(self, member: Member, limit: int | None = None) -> bytes:
+        """The content of a file, or its first `limit` bytes. Raises OSError if it cannot be had whole."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+def open_container(path: Path) -> Container:
+    """Open a folder or an archive, told by its content; UserError for anything else."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return Folder(path)
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{path} is neither a file nor a folder; name an image folder or an archive")
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; name an image folder or an archive") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    if not start:
+        raise UserError(f"{path} is empty; name an image folder or an archive")
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return Zip(path)
+    for magic, opener in _COMPRESSED.items():
+        if start.startswith(magic):
+            return SequentialTar(path, opener)
+    try:
+        tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:  # zeros: a tar without members
+        raise UserError(f"{path} is an archive without files; name an image folder or an archive") from None
+    except tarfile.HeaderError:
+        raise UserError(
+            f"{path} is no archive that can be read (tar, compressed tar, zip); name an image folder or an archive"
+        ) from None
+    return Tar(path)
+
+
+def _clean(path: str) -> str:
+    """./a//b and /a/b -> a/b"""
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+class Folder(Container):
+    """Files below a folder, by name within each folder. Links are followed, but no folder is entered from inside."""
+
+    def list(self) -> Iterator[Member]:
+        yield from self._walk("", {self._identity(os.stat(self.path))})
+
+    @staticmethod
+    def _identity(status: os.stat_result) -> tuple[int, int]:
+        return status.st_dev, status.st_ino
+
+    def _walk(self, prefix: str, above: set[tuple[int, int]]) -> Iterator[Member]:
+        try:
+            with os.scandir(self.path / prefix) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as e:
+            raise UserError(f"{self.path / prefix} cannot be read: {e.strerror}; check its permissions") from None
+        for entry in entries:
+            if _hidden(entry.name):
+                continue
+            path = prefix + entry.name
+            try:
+                status = entry.stat()
+            except OSError:  # a link that leads nowhere: listed, so that it is reported if it is called an image
+                yield Member(path, 0, 0)
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                if self._identity(status) not in above:
+                    yield from self._walk(path + "/", above | {self._identity(status)})
+            elif stat.S_ISREG(status.st_mode):
+                yield Member(path, 0, status.st_size)
+
+    def read(self, member: Member, limit: int | None = None) -> bytes:
+        # Without a buffer: one read of the known size instead of several growing ones.
+        with open(os.path.join(self.path, member.path), "rb", buffering=0) as file:
+            return file.read(limit) if limit is not None else file.readall()
+
+
+class Tar(Container):
+    """An uncompressed tar. Tars inside it are looked into: `n01440764.tar` holding `a.jpg` is `n01440764/a.jpg`."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._file = self._open()
+
+    def _open(self):
+        return open(self.path, "rb")
+
+    def list(self) -> Iterator[Member]:
+        try:
+            yield from _tar_members(self._file, "")
+        except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as e:
+            raise UserError(f"{self.path} is truncated or damaged ({e}); copy it again") from None
+
+    def read(self, member: Member, limit: int | None = None) -> bytes:
+        size = member.size if limit is None else min(limit, member.size)
+        content = os.pread(self._file.fileno(), size, member.offset)
+        while len(content) < size:  # one call returns at most 2 GiB
+            more = os.pread(self._file.fileno(), size - len(content), member.offset + len(content))
+            if not more:
+                raise OSError(f"{self.path} ends inside it")
+            content += more
+        return content
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class SequentialTar(Tar):
+    """A compressed tar: listing decompresses it once, reading in order once more."""
+
+    sequential = True
+
+    def __init__(self, path: Path, opener):
+        self._opener = opener
+        super().__init__(path)
+
+    def _open(self):
+        return self._opener(self.path, "rb")
+
+    def read(self, member: Member, limit: int | None = None) -> bytes:
+        size = member.size if limit is None else min(limit, member.size)
+        try:
+            self._file.seek(member.offset)
+            content = self._file.read(size)
+        except (EOFError, zlib.error, lzma.LZMAError) as e:
+            raise OSError(f"{self.path} is damaged: {e}") from None
+        if len(content) < size:
+            raise OSError(f"{self.path} ends inside it")
+        return content
+
+
+def _tar_members(file, prefix: str) -> Iterator[Member]:
+    """Regular files of the tar that `file` holds; offsets within `file`'s outermost stream."""
+    base = file.base if isinstance(file, _Window) else 0
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # the list of a million members would take a gigabyte
+            path = prefix + _clean(info.name)
+            if not info.isreg() or info.sparse is not None or _hidden(path):
+                continue
+            if path.lower().endswith(".tar"):
+                yield from _tar_members(_Window(file, info.offset_data, info.size), path[: -len(".tar")] + "/")
+            else:
+                yield Member(path, base + info.offset_data, info.size)
+
+
+class _Window(io.RawIOBase):
+    """Part of a seekable file as a file of its own. `base`: where it starts in the outermost one."""
+
+    def __init__(self, file, offset: int, size: int):
+        self._file, self._offset, self._size, self._at = file, offset, size, 0
+        self.base = offset + (file.base if isinstance(file, _Window) else 0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        room = max(0, self._size - self._at)
+        self._file.seek(self._offset + self._at)
+        content = self._file.read(room if size is None or size < 0 else min(size, room))
+        self._at += len(content)
+        return content
+
+
+class Zip(Container):
+    """A zip archive; `offset` of a member is that of its local header."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as e:
+            raise UserError(f"{path} is truncated or damaged ({e}); copy it again") from None
+        self._file = open(path, "rb")  # noqa: SIM115 - open as long as the container
+        self._info = {info.header_offset: info for info in self._zip.infolist()}
+        self._lock = threading.Lock()
+
+    def list(self) -> Iterator[Member]:
+        for info in self._zip.infolist():
+            path = _clean(info.filename)
+            if info.is_dir() or _hidden(path):
+                continue
+            if info.flag_bits & 1:
+                raise UserError(f"{self.path} is encrypted; unpack it with its password and name the folder")
+            yield Member(path, info.header_offset, info.file_size)
+
+    def read(self, member: Member, limit: int | None = None) -> bytes:
+        info = self._info[member.offset]
+        try:
+            if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                content = self._inflate(info)
+            else:
+                with self._lock, self._zip.open(info) as file:
+                    content = file.read()
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, lzma.LZMAError) as e:
+            raise OSError(f"damaged in the archive: {e}") from None
+        if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
+            raise OSError("damaged in the archive: checksum differs")
+        return content[:limit]
+
+    def _inflate(self, info: zipfile.ZipInfo) -> bytes:
+        """Without zipfile's lock around one shared file, so that threads decompress side by side."""
+        header = os.pread(self._file.fileno(), 30, info.header_offset)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise OSError("damaged in the archive: no local header")
+        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        content = os.pread(self._file.fileno(), info.compress_size, info.header_offset + 30 + lengths)
+        if info.compress_type == zipfile.ZIP_DEFLATED:
+            # No more than the directory announces: a bomb ends as a wrong checksum.
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, info.file_size + 1)
+        return content
+
+    def close(self) -> None:
+        self._file.close()
+        self._zip.close()
