@@ -342,3 +342,47 @@ def test_two_processes_see_the_order_of_one(beton: Path, tmp_path: Path) -> None
     assert [a + b for (a, _), (b, _) in zip(first, second, strict=True)] == [index for index, _ in alone]
     assert [w for _, w in first] == [w for _, w in second]
     assert (tmp_path / "two" / "weights.safetensors").exists()
+
+
+# ------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_a_run_on_a_gpu_learns_resumes_and_exports(beton: Path, val_beton: Path, tmp_path: Path, amp: str) -> None:
+    """AMP with and without loss scaling, compiled parts, device augmentation, the kNN monitor, resume, export."""
+    folder = tmp_path / "run"
+    monitor = ("--val", val_beton, "--knn-k", "5", "--device", "cuda", "--amp", amp)
+    assert small_run(beton, folder, *monitor, "--max-steps", "7") == 0
+    assert train("--out", folder, "--resume", "--max-steps", "12") == 0
+    assert sorted(losses(folder)) == list(range(1, 13))
+    state = load_file(folder / "weights.safetensors")
+    model = torchvision.models.resnet18()
+    model.fc = torch.nn.Identity()
+    model.load_state_dict(state, strict=True)
+    assert all(v.isfinite().all() for v in state.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_no_step_waits_for_the_gpu(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between logging steps nothing synchronises: torch raises if something does."""
+    from fastssl.train import Trainer
+
+    step, log = Trainer._train_step, Trainer._log
+
+    def checked(self, batch):
+        torch.cuda.set_sync_debug_mode("error" if self.step >= 2 else "default")  # the first steps compile
+        try:
+            step(self, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def allowed(self, metrics):
+        torch.cuda.set_sync_debug_mode("default")
+        log(self, metrics)
+
+    monkeypatch.setattr(Trainer, "_train_step", checked)
+    monkeypatch.setattr(Trainer, "_log", allowed)
+    assert small_run(beton, tmp_path / "run", "--device", "cuda", "--max-steps", "6", "--log-every", "6") == 0
