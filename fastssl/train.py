@@ -7,12 +7,14 @@ Nothing in the loop waits for the device except the logging step (`--log-every`)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,8 @@ class Trainer:
         self.seconds = 0.0  # spent in this run, over all its resumptions
         self.best_knn: float | None = None
         self.last_knn: float | None = None
-        self.stopping: str | None = None
+        self.last_loss: torch.Tensor | None = None  # of the last step, on the device
+        self.stopping: str | None = None  # the signal that asked for it
 
     def _build(self) -> None:
         config, method = self.config, self.method
@@ -135,7 +138,8 @@ class Trainer:
         try:
             if self.step == 0:
                 self._knn()
-            self.mark = self.last_checkpoint = time.perf_counter()
+            self.last_checkpoint = time.perf_counter()
+            self._start_clock(self.last_checkpoint)
             while self.step < self.total_steps and not self.stopping:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
                 for batch in self.loader.epoch(epoch, first):
@@ -233,8 +237,18 @@ class Trainer:
         """Begin a new interval of measuring speed."""
         now = time.perf_counter()
         self.seconds += now - self.mark
+        self._start_clock(now)
+
+    def _start_clock(self, now: float) -> None:
         self.mark, self.marked_step = now, self.step
         self.marked_wait = self.loader.stats.snapshot()["wait"]
+
+    @contextlib.contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """What happens inside counts neither as training time nor in images/s."""
+        self._mark()
+        yield
+        self._start_clock(time.perf_counter())
 
     def _finite_loss(self) -> float:
         loss = self.last_loss.item()
@@ -251,22 +265,25 @@ class Trainer:
         """Monitor: weighted kNN of the validation images among the training images."""
         if self.val_reader is None:
             return
+        with self._off_the_clock():
+            if self.world.main:
+                self._knn_of_main()
+            dist.barrier(self.world)
+
+    def _knn_of_main(self) -> None:
         started = time.perf_counter()
-        if self.world.main:
-            run = self.config.run
-            options = {"size": self.config.data.size, "device": self.device, "amp_dtype": self.precision.dtype}
-            train = extract(self.method.backbone, self.reader, limit=run.knn_bank, **options)
-            val = extract(self.method.backbone, self.val_reader, **options)
-            settings = knn.Config(k=(run.knn_k,), temperature=run.knn_temperature, vote="weighted")
-            (result,) = knn.accuracy(train, val, settings).values()
-            self.last_knn = result["top1"]
-            self.best_knn = max(self.last_knn, self.best_knn or 0.0)
-            epoch = self.step / self.steps_per_epoch
-            entry = {"step": self.step, "epoch": epoch, "knn": result["top1"], "knn_top5": result["top5"]}
-            self.log.write(entry | {"knn_seconds": time.perf_counter() - started})
-            self.log.say(f"epoch {epoch:g}: kNN top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} %")
-        dist.barrier(self.world)
-        self.mark = time.perf_counter()
+        run = self.config.run
+        options = {"size": self.config.data.size, "device": self.device, "amp_dtype": self.precision.dtype}
+        train = extract(self.method.backbone, self.reader, limit=run.knn_bank, **options)
+        val = extract(self.method.backbone, self.val_reader, **options)
+        settings = knn.Config(k=(run.knn_k,), temperature=run.knn_temperature, vote="weighted")
+        (result,) = knn.accuracy(train, val, settings).values()
+        self.last_knn = result["top1"]
+        self.best_knn = max(self.last_knn, self.best_knn or 0.0)
+        epoch = self.step / self.steps_per_epoch
+        entry = {"step": self.step, "epoch": epoch, "knn": result["top1"], "knn_top5": result["top5"]}
+        self.log.write(entry | {"knn_seconds": time.perf_counter() - started})
+        self.log.say(f"epoch {epoch:g}: kNN top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} %")
 
     def _checkpoint_due(self) -> bool:
         minutes = self.config.run.checkpoint_minutes
@@ -275,16 +292,16 @@ class Trainer:
     def _save(self) -> None:
         """Write the checkpoint, unless the weights have gone bad."""
         if self.world.main:
-            self._finite_loss()
+            if self.last_loss is not None:
+                self._finite_loss()
             if not all(p.isfinite().all() for p in self.method.parameters()):
                 raise NonFiniteLoss(
                     f"weights are not finite after step {self.step}; the last good checkpoint stays in {self.folder}: "
                     "lower --lr or use --amp off"
                 )
-            self._mark()
-            checkpoint.save(self.folder, self._state())
-        self.mark = self.last_checkpoint = time.perf_counter()
-        self.marked_step = self.step
+            with self._off_the_clock():
+                checkpoint.save(self.folder, self._state())
+        self.last_checkpoint = time.perf_counter()
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -303,7 +320,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        self.mark, self.marked_step, self.marked_wait = time.perf_counter(), self.step, 0.0
+        self._start_clock(time.perf_counter())
         if self.state is None:
             return
         state, self.state = self.state, None
@@ -366,10 +383,8 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         hours = self.seconds / 3600
         images = self.step * self.config.data.batch_size
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        on_gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else peak_host_memory()
         result = {
             "steps": self.step,
             "hours": hours,
@@ -413,6 +428,15 @@ class Trainer:
         rows.append(("weights", str(self.folder / export.NAME)))
         logs.summary(self.console, "done", rows)
         return result
+
+
+def peak_host_memory() -> int:
+    """The most memory that this process has had resident, bytes."""
+    try:  # Linux's ru_maxrss begins with the parent's peak; this does not
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
