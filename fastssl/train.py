@@ -217,8 +217,8 @@ class Trainer:
         parts = [
             f"epoch {entry['epoch']:.2f}/{config.optim.epochs}",
             f"loss {entry['loss']:.4f}",
-            f"{entry['images_per_s']:.0f} images/s",
-            f"{entry['views_per_s']:.0f} views/s",
+            f"{_figures(entry['images_per_s'])} images/s",
+            f"{_figures(entry['views_per_s'])} views/s",
             f"wait {100 * entry['wait_share']:.1f} %",
         ]
         if "feature_std" in entry:
@@ -428,6 +428,11 @@ class Trainer:
         rows.append(("weights", str(self.folder / export.NAME)))
         logs.summary(self.console, "done", rows)
         return result
+
+
+def _figures(value: float) -> str:
+    """Three figures where they say something: 2.54, 25.4, 254, 2540."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-9))))}f}" if value < 100 else f"{value:.0f}"
 
 
 def peak_host_memory() -> int:
