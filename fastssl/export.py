@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from fastssl.checkpoint import write_atomic
@@ -21,7 +21,8 @@ def save_weights(path: Path, backbone: nn.Module, about: dict[str, Any]) -> None
     """Write the backbone's state dict (torchvision's or timm's names, no fc) with `about` as metadata, atomically."""
     state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
-    write_atomic(path, lambda temporary: save_file(state, temporary, metadata))
+    # Not save_file: it makes files that only their owner can read.
+    write_atomic(path, lambda temporary: temporary.write_bytes(save(state, metadata)))
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -74,7 +74,7 @@ def simsiam_cifar10_800ep() -> Config:
 
 
 def demo() -> Config:
-    """FastSiam on the generated shapes: 40 k views of 48 px in minutes on two CPU cores; what `make demo` runs."""
+    """FastSiam on the generated shapes: 60 k views of 48 px in minutes on two CPU cores; what `make demo` runs."""
     # Many small steps and narrow heads: with so few images the number of steps is what counts.
     return _make(
         "fastsiam",
@@ -82,7 +82,7 @@ def demo() -> Config:
         backbone="resnet18",
         size=48,
         blur=0.0,  # sigma up to 2 px leaves little of a 48 px view
-        epochs=2,
+        epochs=3,
         batch_size=16,
         lr=0.125,
         lr_batch_size=16,

@@ -432,7 +432,7 @@ class Trainer:
 
 def _figures(value: float) -> str:
     """Three figures where they say something: 2.54, 25.4, 254, 2540."""
-    return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-9))))}f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def peak_host_memory() -> int:
