@@ -70,6 +70,34 @@ def test_weights_load_strictly_into_torchvision(finished: Path) -> None:
     assert all(torch.equal(v, checkpoint[f"backbone.{k}"]) for k, v in state.items())
 
 
+def test_weights_load_strictly_into_timm(finished: Path) -> None:
+    import timm
+
+    state = load_file(finished / "weights.safetensors")
+    model = timm.create_model("resnet18", num_classes=0)
+    model.load_state_dict(state, strict=True)
+    reference = torchvision.models.resnet18()
+    reference.fc = torch.nn.Identity()
+    reference.load_state_dict(state)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), reference.eval()(x))
+
+
+def test_resume_keeps_the_number_of_threads(beton: Path, tmp_path: Path) -> None:
+    """It decides how sums are split, so a run that goes on elsewhere goes on with the number it began with."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert small_run(beton, tmp_path / "one", "--max-steps", "4") == 0
+        assert small_run(beton, tmp_path / "two", "--max-steps", "2") == 0
+        torch.set_num_threads(2)
+        assert train("--out", tmp_path / "two", "--resume", "--max-steps", "4") == 0
+    finally:
+        torch.set_num_threads(before)
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+
+
 def test_the_view_grid_has_eight_images_and_k_views(finished: Path) -> None:
     from PIL import Image
 
@@ -93,9 +121,16 @@ def test_resume_gives_the_same_losses_to_the_last_bit(
 
 
 def spawn(beton: Path, folder: Path, *more: object) -> subprocess.Popen:
+    """A run in a process of its own, with as many threads as here: they split sums, so losses depend on their number."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "fastssl.train", "--data", beton, "--out", folder, *SMALL, *more]
     return subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        list(map(str, command)),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

@@ -6,11 +6,15 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from loaders import beton
 
+_threads = torch.get_num_threads()
 pytest.importorskip("ffcv", reason="ffcv is not installed (tools/install_ffcv.sh)")
+torch.set_num_threads(_threads)  # importing ffcv sets torch to one thread, here for all tests of the session
+
 pytestmark = [
     pytest.mark.ffcv,
     # numba's finalizers of FFCV's compiled functions raise; see below for when
