@@ -121,7 +121,7 @@ def test_resume_gives_the_same_losses_to_the_last_bit(
 
 
 def spawn(beton: Path, folder: Path, *more: object) -> subprocess.Popen:
-    """A run in a process of its own, with as many threads as here: they split sums, so losses depend on their number."""
+    """A run in a process of its own, with as many threads as this one (losses depend on their number)."""
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "fastssl.train", "--data", beton, "--out", folder, *SMALL, *more]
     return subprocess.Popen(
