@@ -17,7 +17,7 @@ $(VENV)/.installed: setup.py
 
 demo: setup
 	mkdir -p $(DEMO)
-	$(BIN)/fastssl-convert shapes $(DEMO)/train.beton --overwrite
+	$(BIN)/fastssl-convert shapes:4000 $(DEMO)/train.beton --overwrite
 	$(BIN)/fastssl-convert shapes-val $(DEMO)/val.beton --overwrite
 	$(BIN)/fastssl-train demo --data $(DEMO)/train.beton --val $(DEMO)/val.beton --out $(DEMO)/run --overwrite
 	$(BIN)/fastssl-eval knn $(DEMO)/run --data $(DEMO)/train.beton --val $(DEMO)/val.beton

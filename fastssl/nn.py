@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from loaders.errors import UserError
+from loaders.errors import UserError, unknown
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
 CIFAR_RESNET18 = "resnet18-cifar"
@@ -34,9 +34,7 @@ def backbone(name: str, *, zero_init_residual: bool = True) -> tuple[nn.Module, 
         return net, width
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"), zero_init_residual)
-    near = difflib.get_close_matches(name, [*RESNETS, CIFAR_RESNET18], n=1)
-    hint = f", did you mean {near[0]!r}?" if near else ","
-    raise UserError(f"unknown backbone {name!r}{hint} choose {', '.join(RESNETS)}, {CIFAR_RESNET18} or timm/NAME")
+    raise unknown("backbone", name, [*RESNETS, CIFAR_RESNET18, "timm/NAME"])
 
 
 def _timm(name: str, zero_init_residual: bool) -> tuple[nn.Module, int]:

@@ -1,5 +1,10 @@
 """The one exception for bad input."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Input that cannot be used as given.
@@ -7,3 +12,11 @@ class UserError(ValueError):
     The message is one line that says what is wrong, where, and what to do about it. Every console command prints it
     as it is and exits with status 2; nothing else in the project turns into a one-line message.
     """
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> UserError:
+    """The error for a name that is not among `choices`, with the nearest one that is."""
+    choices = list(choices)
+    near = difflib.get_close_matches(name, choices, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else ","
+    return UserError(f"unknown {what} {name!r}{hint} choose from: {', '.join(choices)}")

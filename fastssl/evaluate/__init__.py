@@ -8,12 +8,11 @@ An evaluation module defines
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from types import ModuleType
 
-from loaders.errors import UserError
+from loaders.errors import unknown
 
 _SHARED = {"cli", "features", "task"}  # modules here that are no evaluations
 
@@ -26,7 +25,5 @@ def available() -> list[str]:
 def load(name: str) -> ModuleType:
     """The module of evaluation `name`. Raises UserError for an unknown name."""
     if name not in available():
-        near = difflib.get_close_matches(name, available(), n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ","
-        raise UserError(f"unknown evaluation {name!r}{hint} choose from: {', '.join(available())}")
+        raise unknown("evaluation", name, available())
     return importlib.import_module(f"{__name__}.{name}")

@@ -15,12 +15,11 @@ A new method is one new file; nothing else names it.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from types import ModuleType
 
-from loaders.errors import UserError
+from loaders.errors import unknown
 
 
 def available() -> list[str]:
@@ -31,7 +30,5 @@ def available() -> list[str]:
 def load(name: str) -> ModuleType:
     """The module of method `name`. Raises UserError for an unknown name."""
     if name not in available():
-        near = difflib.get_close_matches(name, available(), n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ","
-        raise UserError(f"unknown method {name!r}{hint} choose from: {', '.join(available())}")
+        raise unknown("method", name, available())
     return importlib.import_module(f"{__name__}.{name}")

@@ -14,12 +14,11 @@ A backend module defines `class Backend` with
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from typing import Protocol
 
-from loaders.errors import UserError
+from loaders.errors import unknown
 
 
 class Pending(Protocol):
@@ -42,7 +41,5 @@ def load(name: str) -> type:
     if name == "auto":
         name = "cpu"
     if name not in available():
-        near = difflib.get_close_matches(name, available(), n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ","
-        raise UserError(f"unknown backend {name!r}{hint} choose from: auto, {', '.join(available())}")
+        raise unknown("backend", name, ["auto", *available()])
     return importlib.import_module(f"{__name__}.{name}").Backend
