@@ -18,6 +18,18 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 PHOTOMETRIES = ("dino", "swav")
 
 
+# MoCo v2's photometry less the blur; the other recipes are changes to it.
+_MOCO = {
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "jitter_p": 0.8,
+    "gray_p": 0.2,
+    "flip_p": 0.5,
+}
+
+
 @dataclass(frozen=True)
 class View:
     """One view: a random resized crop, then jitter, gray, blur, solarize and flip, each with its probability.
@@ -122,14 +134,8 @@ def simsiam(K: int = 2, size: int = 224, *, interpolation: str = "bilinear", div
         size,
         scale=(0.2, 1.0),
         interpolation=interpolation,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        jitter_p=0.8,
-        gray_p=0.2,
         blur_p=0.5,
-        flip_p=0.5,
+        **_MOCO,
     )
     return ViewSpec((view,) * K, divide=divide)
 
@@ -187,13 +193,7 @@ def cifar(K: int = 2, size: int = 32) -> ViewSpec:
     view = View(
         size,
         scale=(0.08, 1.0),
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        jitter_p=0.8,
-        gray_p=0.2,
-        flip_p=0.5,
+        **_MOCO,
     )
     return ViewSpec((view,) * K)
 
@@ -209,15 +209,9 @@ def _asymmetric(size: int, scale: tuple[float, float], interpolation: str, which
         size,
         scale=scale,
         interpolation=interpolation,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.2,
-        hue=0.1,
-        jitter_p=0.8,
-        gray_p=0.2,
         blur_p=blur_p if blur else 0.0,
         solarize_p=0.2 if which == "second" else 0.0,
-        flip_p=0.5,
+        **_MOCO | {"saturation": 0.2},
     )
 
 
@@ -226,14 +220,8 @@ def _swav(size: int, scale: tuple[float, float], interpolation: str, blur: bool)
         size,
         scale=scale,
         interpolation=interpolation,
-        brightness=0.8,
-        contrast=0.8,
-        saturation=0.8,
-        hue=0.2,
-        jitter_p=0.8,
-        gray_p=0.2,
         blur_p=0.5 if blur else 0.0,
-        flip_p=0.5,
+        **_MOCO | {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2},
     )
 
 
