@@ -11,7 +11,7 @@ from torch import nn
 
 from fastssl import methods
 from fastssl.config import Config
-from fastssl.nn import backbone, check_size, feature_width
+from fastssl.nn import backbone, check_size
 from loaders import ViewSpec
 from loaders.errors import UserError
 
@@ -89,11 +89,5 @@ def make_method(config: Config) -> nn.Module:
     """
     torch.manual_seed(config.run.seed)
     net, _ = backbone(config.model.backbone, zero_init_residual=config.model.zero_init_residual)
-    check_size(config.model.backbone, net, config.data.size)
-    width = feature_width(net, config.data.size)
+    width = check_size(config.model.backbone, net, config.data.size)
     return methods.load(config.model.method).Method(net, width, config.method_options)
-
-
-def make_backbone(config: Config) -> nn.Module:
-    """The backbone of `make_method`, with the same weights: a run's network at random initialisation."""
-    return make_method(config).backbone

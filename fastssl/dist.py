@@ -47,15 +47,6 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
-def any_true(flag: bool, world: World, device: torch.device) -> bool:
-    """Whether any process says so: the same answer in all of them."""
-    if world.size == 1:
-        return flag
-    tensor = torch.tensor(float(flag), device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return bool(tensor.item())
-
-
 def finish(world: World) -> None:
     """Leave the process group."""
     if world.size > 1 and dist.is_initialized():

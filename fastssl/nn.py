@@ -51,29 +51,23 @@ def _timm(name: str, zero_init_residual: bool) -> tuple[nn.Module, int]:
     return net, getattr(net, "head_hidden_size", None) or net.num_features
 
 
-def check_size(name: str, net: nn.Module, size: int) -> None:
-    """Raise UserError if `net` cannot take [B, 3, size, size]: found by trying, on two images."""
+def check_size(name: str, net: nn.Module, size: int) -> int:
+    """D of the [B, D] features that `net` gives for images of `size` px, found by running it on two of them.
+
+    Raises UserError if it does not take images of that size.
+    """
     smallest = _MIN_SIZE.get(name, 1)
     if size < smallest:
         raise UserError(f"--size {size} is too small for {name}: it needs at least {smallest} px")
     was_training = net.training
     try:
         with torch.no_grad():
-            net.eval()(torch.zeros(2, 3, size, size))
+            return net.eval()(torch.zeros(2, 3, size, size)).shape[-1]
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n", 1)[0]
         raise UserError(f"{name} does not take images of {size} px (--size): {reason}") from error
     finally:
         net.train(was_training)
-
-
-def feature_width(net: nn.Module, size: int) -> int:
-    """D of the [B, D] features that `net` gives for images of `size` px, found by running it once."""
-    was_training = net.training
-    with torch.no_grad():
-        width = net.eval()(torch.zeros(1, 3, size, size)).shape[-1]
-    net.train(was_training)
-    return width
 
 
 def linear_bn(in_features: int, out_features: int, *, relu: bool, affine: bool = True) -> list[nn.Module]:

@@ -123,12 +123,12 @@ def test_the_command_compares_with_random_initialisation(
 
 def test_random_initialisation_is_where_the_run_began(run: Path) -> None:
     from fastssl.config import load_yaml
-    from fastssl.core import make_backbone
+    from fastssl.core import make_method
     from fastssl.evaluate.task import load_backbone
 
     _, random_net, size = load_backbone(run, None, None, seed=0)
     assert size == 32
-    began = make_backbone(load_yaml(run / "config.yaml")).state_dict()
+    began = make_method(load_yaml(run / "config.yaml")).backbone.state_dict()
     assert all(torch.equal(v, began[k]) for k, v in random_net.state_dict().items())
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torchvision
 
-from fastssl.nn import backbone, check_size, feature_width
+from fastssl.nn import backbone, check_size
 from loaders import UserError
 
 
 @pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])
 def test_resnets_have_torchvisions_names(name: str, width: int) -> None:
     net, found = backbone(name)
-    assert found == width == feature_width(net, 32)
+    assert found == width == check_size(name, net, 32)
     reference = getattr(torchvision.models, name)()
     reference.fc = torch.nn.Identity()
     reference.load_state_dict(net.state_dict(), strict=True)
@@ -42,8 +42,8 @@ def test_cifar_stem_keeps_resolution() -> None:
 )
 def test_timm_models_by_name(name: str, size: int) -> None:
     net, width = backbone(name)
-    check_size(name, net, size)
-    assert net.eval()(torch.zeros(2, 3, size, size)).shape == (2, width) == (2, feature_width(net, size))
+    assert check_size(name, net, size) == width
+    assert net.eval()(torch.zeros(2, 3, size, size)).shape == (2, width)
 
 
 def test_unknown_backbones_name_the_nearest() -> None:
