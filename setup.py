@@ -16,6 +16,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
+        "simplejpeg>=1.8",  # libjpeg-turbo without copies; torchvision's decoder is deprecated
         "timm>=1.0",  # every backbone that torchvision lacks
         "numpy>=1.26",
         "pillow>=10",  # image formats other than JPEG, when converting
