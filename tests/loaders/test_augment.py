@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from loaders.augment import DeviceAugment, augment, augment_rows, to_tensors
+import loaders.augment
+from loaders.augment import DeviceAugment, augment, augment_rows, divide, to_tensors
 from loaders.draw import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, Draws, draw
 from loaders.views import IMAGENET_MEAN, IMAGENET_STD, View, ViewSpec, byol, evaluation, multicrop, simsiam
 
@@ -69,7 +70,9 @@ def draws_for(num, **changes):
 
 
 def in_batch(crops, draws, view, mean, std, dtype=torch.float32):
-    return augment(crops, to_tensors(draws, view, crops.device), view, mean, std, dtype=dtype)
+    views, tiles = augment(crops, to_tensors(draws, view, crops.device), view, mean, std, dtype=dtype)
+    assert tiles is None
+    return views
 
 
 def in_rows(crops, draws, view, mean, std, dtype=torch.float32):
@@ -307,6 +310,42 @@ def test_only_the_rows_asked_for_are_written():
     assert written.nonzero().flatten().tolist() == [1, 3]
 
 
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_divide_cuts_tile_by_tile_down_the_columns(n, layout):
+    x = torch.arange(2 * 3 * 12 * 6.0).reshape(2, 3, 12, 6).contiguous(memory_format=layout)
+    tiles, (height, width) = divide(x, n), (12 // n, 6 // n)
+    assert tiles.shape == (2 * n * n, 3, height, width) and tiles.is_contiguous(memory_format=torch.channels_last)
+    for number, (column, row) in enumerate(itertools.product(range(n), range(n))):
+        expected = x[:, :, height * row : height * (row + 1), width * column : width * (column + 1)]
+        assert torch.equal(tiles[2 * number : 2 * number + 2], expected)
+
+
+def test_divide_refuses_what_does_not_divide():
+    for n in (0, 5):
+        with pytest.raises(ValueError, match=f"12 x 10 px cannot be divided {n} x {n}"):
+            divide(torch.zeros(1, 3, 12, 10), n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("n", [2, 3])
+def test_rows_write_their_tiles(n, dtype):
+    """Those of the rows asked for, in a batch that is shorter than the memory was made for."""
+    view, num = dataclasses.replace(EVERYTHING, size=12), 5
+    crops = images(12)[-num:]
+    draws = draws_for(num, jitter_B=True, factor_B4=[1.2, 0.8, 1.3, 0.05], sigma_B=1.0)
+    out = torch.full_like(crops, 7, dtype=dtype, memory_format=torch.channels_last)
+    memory = torch.full((n * n * 8, 12 // n, 12 // n, 3), 7, dtype=dtype).permute(0, 3, 1, 2)
+    tiles = memory[: n * n * num]
+    augment_rows(crops, draws, view, *PLAIN.values(), [1, 2, 4], out, tiles)
+    assert torch.equal(out[[1, 2, 4]], in_rows(crops, draws, view, *PLAIN.values(), dtype)[[1, 2, 4]])
+    assert torch.equal(tiles, divide(out, n))  # rows 0 and 3 are 7 in both
+    assert (memory[n * n * num :] == 7).all()
+
+
 # --- reproducible -----------------------------------------------------------------------------------------------------
 
 
@@ -331,7 +370,10 @@ def test_rows_do_not_depend_on_each_other(many):
     assert torch.equal(out, expected)
 
 
-def test_threads_do_not_disturb_each_other(many):
+@pytest.mark.parametrize("alone_below", [0, 128])
+def test_threads_do_not_disturb_each_other(many, alone_below, monkeypatch):
+    """All at once, as large views are made, and in turn."""
+    monkeypatch.setattr(loaders.augment, "_ALONE_BELOW", alone_below)
     crops, draws, view = many
     expected = in_rows(crops, draws, view, **PLAIN)
     out = torch.full_like(expected, math.nan)
@@ -366,8 +408,11 @@ def test_the_batch_form_never_looks_at_values():
     all_draws = draw(spec, seed=0, epoch=0, index_B=np.arange(4), height_B=side, width_B=side)
     crops = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device="meta")
     for view, draws in zip(spec.views, all_draws, strict=True):
-        out = augment(crops, to_tensors(draws, view, "meta"), view, spec.mean, spec.std, dtype=torch.float16)
+        out, tiles = augment(
+            crops, to_tensors(draws, view, "meta"), view, spec.mean, spec.std, dtype=torch.float16, n=2
+        )
         assert out.shape == crops.shape and out.is_contiguous(memory_format=torch.channels_last)
+        assert tiles.shape == (16, 3, 16, 16) and tiles.is_contiguous(memory_format=torch.channels_last)
 
 
 def device_case(device, batch_size=6, spec=None):
@@ -381,42 +426,49 @@ def device_case(device, batch_size=6, spec=None):
 
 def test_device_augment_makes_all_views():
     spec, crops, draws, expected = device_case("cpu")
-    made = DeviceAugment(spec, "cpu")(crops, draws)
-    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    views, tiles = DeviceAugment(spec, "cpu")(crops, draws)
+    assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True)) and tiles is None
+    views, tiles = DeviceAugment(dataclasses.replace(spec, divide=4), "cpu")(crops, draws)
+    assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
+    assert all(torch.equal(a, divide(b, 4)) for a, b in zip(tiles, expected, strict=True))
 
 
 def test_device_augment_takes_a_short_last_batch():
     device_augment = DeviceAugment(evaluation(32), "cpu", torch.bfloat16)
     for batch_size in (6, 2):
         _, crops, draws, expected = device_case("cpu", batch_size, evaluation(32))
-        (made,) = device_augment(crops, draws)
+        (made,), _ = device_augment(crops, draws)
         assert torch.equal(made, expected[0].bfloat16())
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler")
-def test_the_batch_form_compiles_whole():
-    spec, crops, draws, expected = device_case("cpu")
+@pytest.mark.parametrize("spec", [simsiam(1, 40), byol(40), multicrop(24, 24)], ids=["simsiam", "byol", "multicrop"])
+def test_compiled_whole_it_is_the_same(spec):
+    spec, crops, draws, expected = device_case("cpu", spec=spec)
     compiled = torch.compile(augment, fullgraph=True, dynamic=False)
-    for view, c, d, e in zip(spec.views, crops, draws, expected, strict=True):
-        out = compiled(c, to_tensors(d, view, "cpu"), view, spec.mean, spec.std)
+    distinct = {view: case for view, *case in zip(spec.views, crops, draws, expected, strict=True)}
+    for view, (c, d, e) in distinct.items():
+        out, tiles = compiled(c, to_tensors(d, view, "cpu"), view, spec.mean, spec.std, n=2)
         # Fused arithmetic rounds otherwise; a pixel on solarize's threshold may then fall on its other side.
         off = (out - e).abs() > 1e-4
         assert off.float().mean() < 1e-4 and not off[~torch.from_numpy(d.solarize_B)].any()
         assert out.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(tiles, divide(out, 2)) and tiles.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_agrees_and_never_waits():
-    spec, crops, draws, expected = device_case("cuda")
+    spec, crops, draws, expected = device_case("cuda", spec=dataclasses.replace(multicrop(40, 24), divide=2))
     device_augment = DeviceAugment(spec, "cuda")
     device_augment(crops, draws)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        made = device_augment(crops, draws)
+        views, tiles = device_augment(crops, draws)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for m, e, d in zip(made, expected, draws, strict=True):
-        off = (m.cpu() - e).abs() > 1e-3
+    for v, t, e, d in zip(views, tiles, expected, draws, strict=True):
+        off = (v.cpu() - e).abs() > 1e-3
         assert off.float().mean() < 1e-4 and not off[~torch.from_numpy(d.solarize_B)].any()
+        assert torch.equal(t, divide(v, 2)) and t.is_contiguous(memory_format=torch.channels_last)
