@@ -18,7 +18,7 @@ import fcntl
 import json
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ MODE_JPEG, MODE_RAW = 0, 1
 DEFAULT_PAGE_SIZE = 8 << 20  # FFCV's default
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 2 << 20, 2 << 30  # FFCV: a power of two, 2 MiB <= page_size < 4 GiB
 MAX_SIDE = 65535  # height and width are 16-bit
+_MAX_BUFFERS = 1024  # of one pwritev: IOV_MAX of Linux
+_GAP = 64 << 10  # bytes between blobs that are read along rather than skipped: what a disk reads ahead anyway
 
 TYPE_INT, TYPE_IMAGE = 1, 2
 _IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])  # packed: 13 bytes
@@ -100,7 +102,8 @@ class Reader:
 
     Columns, one entry per sample: `height`, `width` (int32, pixels), `label` (int64; the first int field, zeros
     where there is none), `mode` (uint8), `pointer` and `size` (int64, bytes: where the blob lies in the file).
-    `classes` are the class names if the converter's .json lies beside the file, else None.
+    `page` is the page that each blob lies in. `classes` are the class names if the converter's .json lies beside the
+    file, else None.
     Safe to read from many threads. Pickles as its path and opens again. The map lives as long as a view into it.
 
     Raises UserError for whatever is not a complete version 2 file with an RGB image field.
@@ -111,9 +114,12 @@ class Reader:
         if self.path.is_fifo():  # opening one waits for a writer
             raise UserError(f"{self.path} is a pipe, and a .beton is read from all over; name a file")
         try:
-            with open(self.path, "rb") as file:
+            with contextlib.ExitStack() as stack:
+                file = stack.enter_context(open(self.path, "rb"))
                 self._parse(file)
                 self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                stack.pop_all()  # stays open, for `will_need`
+                self._file = file
         except FileNotFoundError:
             raise UserError(f"{self.path} does not exist; make it with fastssl-convert SRC {self.path}") from None
         except IsADirectoryError:
@@ -224,6 +230,35 @@ class Reader:
         return (self[i] for i in range(len(self)))
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that make up the data set: this one."""
+        return (self.path,)
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The file that holds a sample and its number there."""
+        return self.path, index
+
+    @property
+    def page(self) -> np.ndarray:
+        """Page number of each blob, counted from the start of the file [N]."""
+        return self.pointer // self.page_size
+
+    def will_need(self, index_B: np.ndarray, *, whole_pages: bool = False) -> None:
+        """Ask the system to read these blobs, or all of the pages they lie in, into its cache; returns at once."""
+        start = self.pointer[index_B]
+        end = start + self.size[index_B]
+        if whole_pages:
+            start = start // self.page_size * self.page_size
+            end = start + self.page_size
+        order = np.argsort(start)
+        start, end = start[order], end[order]
+        first, last = np.ones((2, len(start)), bool)  # of a run of neighbours; blobs do not overlap
+        first[1:] = start[1:] > end[:-1] + _GAP
+        last[:-1] = first[1:]
+        for a, b in zip(start[first].tolist(), end[last].tolist(), strict=True):
+            os.posix_fadvise(self._file.fileno(), a, b - a, os.POSIX_FADV_WILLNEED)
+
+    @property
     def classes(self) -> list[str] | None:
         """Class names by label, from the converter's .json beside the file; None without one."""
         try:
@@ -235,6 +270,7 @@ class Reader:
     def close(self) -> None:
         """Give up the map; it goes away with the last `Sample.jpeg` that still looks into it. Columns stay."""
         self._bytes = None
+        self._file.close()
         if self._map is not None:
             with contextlib.suppress(BufferError):  # views are alive: dropping our reference is enough
                 self._map.close()
@@ -269,9 +305,10 @@ def _sizes(pointer_N: np.ndarray, table: np.ndarray) -> np.ndarray:
 class Writer:
     """Writes a .beton in one pass: `add` each sample in order, then `commit` (a `with` block does it).
 
-    Records lie before the pages, so the number of samples must be bounded in advance: `capacity` records are
-    reserved, and the header counts those really added. Until `commit` the file is called `NAME.partial`, locked, and
-    its header says unfinished; whatever is left of a killed run is overwritten by the next one. One thread only.
+    `extend` takes many samples at a time, for fewer system calls. Records lie before the pages, so the number of
+    samples must be bounded in advance: `capacity` records are reserved, and the header counts those really added. Until
+    `commit` the file is called `NAME.partial`, locked, and its header says unfinished; whatever is left of a killed run
+    is overwritten by the next one. One thread only.
 
     page_size: bytes, a power of two from 2 MiB to 2 GiB; no blob may be larger.
     Raises UserError for an unusable path, page size or sample; OSError (disk full ...) comes through.
@@ -294,18 +331,51 @@ class Writer:
         self._at = self._first_page  # where the next blob goes
         self._num = 0
         self._partial = partial_path(self.path)
-        self._file = _create_locked(self._partial)
+        self._fd: int | None = _create_locked(self._partial)
         self._write_head(alloc_table_ptr=0)
-        self._file.seek(self._at)
 
     def __len__(self) -> int:
         return self._num
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file if it were committed now."""
+        return self._table_start + self._num * self._table.itemsize
+
+    @property
+    def _table_start(self) -> int:
+        return -(-self._at // self.page_size) * self.page_size
 
     def add(
         self, blob: bytes | memoryview | np.ndarray, height: int, width: int, label: int, mode: int = MODE_JPEG
     ) -> None:
         """Append one sample: a JPEG stream (mode 0) or height*width*3 raw RGB bytes (mode 1), stored as they are."""
-        size = memoryview(blob).nbytes
+        self.extend([(blob, height, width, label, mode)])
+
+    def extend(self, samples: Iterable[tuple[bytes | memoryview | np.ndarray, int, int, int, int]]) -> None:
+        """Append samples, each as the arguments of `add`. Nothing holds on to the blobs afterwards."""
+        blobs: list[memoryview] = []
+        start = self._at
+        try:
+            for blob, height, width, label, mode in samples:
+                blob = memoryview(blob).cast("B")
+                size = len(blob)
+                self._check(size, height, width, mode)
+                room = self.page_size - self._at % self.page_size
+                if size > room:  # never across a page; the tail becomes zeros
+                    self._write(blobs, start)
+                    start = self._at = self._at + room
+                    blobs = []
+                blobs.append(blob)
+                self._records[self._num] = ((mode, width, height, self._at), label)
+                self._table[self._num] = (self._num, self._at, size)
+                self._at += size
+                self._num += 1
+        finally:
+            self._write(blobs, start)
+
+    def _check(self, size: int, height: int, width: int, mode: int) -> None:
+        """Raises UserError for a sample that cannot be stored."""
         if self._num == len(self._records):
             raise UserError(f"{self.path}: more samples than the capacity of {len(self._records)} given at the start")
         if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
@@ -316,55 +386,44 @@ class Writer:
             raise UserError(
                 f"{self.path}: an image of {size} bytes does not fit a page of {self.page_size}; take larger pages"
             )
-        room = self.page_size - self._at % self.page_size
-        if size > room:  # never across a page; the tail becomes zeros
-            self._at += room
-            self._file.seek(self._at)
-        self._file.write(blob)
-        self._records[self._num] = ((mode, width, height, self._at), label)
-        self._table[self._num] = (self._num, self._at, size)
-        self._at += size
-        self._num += 1
 
     def commit(self) -> None:
         """Write records and table, then the header that makes the file valid, and give it its name."""
-        if self._file is None:
+        if self._fd is None:
             raise ValueError(f"{self.path}: already closed")
         if self._num == 0:
             self.abort()
             raise UserError(f"{self.path}: no sample was added")
         try:
-            table_start = -(-self._at // self.page_size) * self.page_size
-            self._file.seek(table_start)
-            self._file.write(self._table[: self._num])
-            self._file.seek(_HEADER.itemsize + self._descriptors.nbytes)
-            self._file.write(self._records[: self._num])
-            self._sync()
-            self._write_head(alloc_table_ptr=table_start)
-            self._sync()
+            self.flush()
+            self._write_head(alloc_table_ptr=self._table_start)
+            os.fsync(self._fd)
             os.replace(self._partial, self.path)
             _sync_folder(self.path.parent)
         except BaseException:
             self.abort()
             raise
-        self._file.close()
-        self._file = None
+        os.close(self._fd)
+        self._fd = None
 
     close = commit
 
     def flush(self) -> None:
-        """Bring what was added so far to the disk; `commit` is then quick."""
-        self._sync()
+        """Bring all of the file but its header to the disk; `commit` is then quick."""
+        self._write([memoryview(self._table[: self._num]).cast("B")], self._table_start)
+        records_start = _HEADER.itemsize + self._descriptors.nbytes
+        self._write([memoryview(self._records[: self._num]).cast("B")], records_start)
+        os.fsync(self._fd)
 
     def abort(self) -> None:
         """Remove the unfinished file; nothing happens after `commit`."""
-        if self._file is None:
+        if self._fd is None:
             return
-        file, self._file = self._file, None
+        fd, self._fd = self._fd, None
         with contextlib.suppress(OSError):
             self._partial.unlink()
-        with contextlib.suppress(OSError):  # a full disk fails once more when the buffer is flushed
-            file.close()
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
     def __enter__(self) -> Writer:
         return self
@@ -372,21 +431,29 @@ class Writer:
     def __exit__(self, exc_type, *exc) -> None:
         if exc_type is not None:
             self.abort()
-        elif self._file is not None:
+        elif self._fd is not None:
             self.commit()
 
     def _write_head(self, alloc_table_ptr: int) -> None:
         header = np.zeros((), _HEADER)
         header[()] = (VERSION, len(self._descriptors), self.page_size, self._num, alloc_table_ptr)
-        self._file.seek(0)
-        self._file.write(header.tobytes() + self._descriptors.tobytes())
+        self._write([memoryview(header.tobytes() + self._descriptors.tobytes())], 0)
 
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def _write(self, blobs: list[memoryview], at: int) -> None:
+        """Put the blobs one after another at a place of the file."""
+        while blobs:
+            written = os.pwritev(self._fd, blobs[:_MAX_BUFFERS], at)  # perhaps less than asked for
+            at += written
+            whole = 0
+            while whole < len(blobs) and written >= len(blobs[whole]):
+                written -= len(blobs[whole])
+                whole += 1
+            blobs = blobs[whole:]
+            if written:
+                blobs[0] = blobs[0][written:]
 
 
-def _create_locked(path: Path):
+def _create_locked(path: Path) -> int:
     """Open `path` for writing, empty, held by an advisory lock: a leftover is taken over, a live one is refused."""
     while True:
         try:
@@ -405,7 +472,7 @@ def _create_locked(path: Path):
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
                 os.ftruncate(fd, 0)
-                return os.fdopen(fd, "wb", buffering=1 << 20)
+                return fd
         os.close(fd)
 
 

@@ -1,5 +1,13 @@
 """Which samples, in which order: pure functions, so resuming in mid-epoch needs two integers (epoch and
-step)."""
+step).
+
+    random       one permutation of all samples
+    page         pages of the file in random order, samples shuffled within a window of pages: a hard disk reads
+                 8 MiB at a time, and memory has to hold two windows instead of the file
+    sequential   as in the file, for evaluation
+
+N samples, R ranks (processes), S steps, B samples per rank and step, P pages.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,8 @@ import numpy as np
 
 from loaders.draw import permutation
 from loaders.errors import UserError
+
+_PAGES = 1  # the stream of random numbers that orders pages; the samples' is 0
 
 
 def steps_per_epoch(n: int, batch_size: int, world: int = 1) -> int:
@@ -27,6 +37,55 @@ def random_order(
     epoch's permutation, and rank r has its r-th part: the parts of all ranks together are the batch of one
     process with `batch_size * world`. Raises UserError if the samples do not fill one global batch or
     `start_step` is too large."""
+    num_steps = _num_steps(n, batch_size, rank, world, start_step)
+    perm_N = permutation(n, seed=seed, epoch=epoch)
+    steps_SRB = perm_N[: num_steps * world * batch_size].reshape(num_steps, world, batch_size)
+    return iter(steps_SRB[start_step:, rank].copy())  # a copy of this rank's part: callers may write into it
+
+
+def page_order(
+    page_N: np.ndarray,
+    *,
+    batch_size: int,
+    window: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+) -> Iterator[np.ndarray]:
+    """Sample ids of every step from `start_step` on, int64 [batch_size] each, close together in the file.
+
+    `page_N` is the page that each sample lies in. Pages are dealt to the ranks in random order, so that each rank
+    reads its own part of the file; a rank shuffles the samples of `window` pages at a time. Pages hold different
+    numbers of samples: to give every rank as many steps, the last samples of the ranks that have too many go to
+    those that have too few. Raises UserError as `random_order` does."""
+    n = len(page_N)
+    num_steps = _num_steps(n, batch_size, rank, world, start_step)
+    if window < 1:
+        raise UserError(f"page window is {window}: give the number of pages to shuffle together, 1 or more")
+    _, page_N = np.unique(page_N, return_inverse=True)
+    place_P = np.argsort(permutation(int(page_N.max()) + 1, seed=seed, epoch=epoch, stream=_PAGES))
+    place_N = place_P[page_N]
+    rank_N, turn_N = place_N % world, place_N // world
+    shuffle_N = permutation(n, seed=seed, epoch=epoch)
+    order_N = np.lexsort((shuffle_N, turn_N // window, rank_N))  # by rank, then window, then at random
+    parts = np.split(order_N, np.cumsum(np.bincount(rank_N, minlength=world))[:-1])
+    quota = num_steps * batch_size
+    spare = np.concatenate([part[quota:] for part in parts])
+    taken = sum(max(0, quota - len(part)) for part in parts[:rank])
+    own = parts[rank][:quota]
+    own = np.concatenate((own, spare[taken : taken + quota - len(own)]))
+    return iter(own.reshape(num_steps, batch_size)[start_step:].copy())
+
+
+def sequential(n: int, batch_size: int) -> Iterator[np.ndarray]:
+    """All sample ids in file order, int64, in batches; the last one may be short. For evaluation."""
+    _check(n, batch_size, rank=0, world=1)
+    return (np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size))
+
+
+def _num_steps(n: int, batch_size: int, rank: int, world: int, start_step: int) -> int:
     _check(n, batch_size, rank, world)
     num_steps = steps_per_epoch(n, batch_size, world)
     if num_steps == 0:
@@ -35,15 +94,7 @@ def random_order(
         )
     if not 0 <= start_step <= num_steps:
         raise UserError(f"start step is {start_step}, but the epoch has {num_steps} steps: same data and batch size?")
-    perm_N = permutation(n, seed=seed, epoch=epoch)
-    steps_SRB = perm_N[: num_steps * world * batch_size].reshape(num_steps, world, batch_size)
-    return iter(steps_SRB[start_step:, rank].copy())  # a copy of this rank's part: callers may write into it
-
-
-def sequential(n: int, batch_size: int) -> Iterator[np.ndarray]:
-    """All sample ids in file order, int64, in batches; the last one may be short. For evaluation."""
-    _check(n, batch_size, rank=0, world=1)
-    return (np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size))
+    return num_steps
 
 
 def _check(n: int, batch_size: int, rank: int, world: int) -> None:

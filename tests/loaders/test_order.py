@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loaders.errors import UserError
-from loaders.order import random_order, sequential, steps_per_epoch
+from loaders.order import page_order, random_order, sequential, steps_per_epoch
 
 
 def batches(n, **kw):
@@ -54,6 +54,56 @@ def test_a_batch_is_the_callers_to_change():
     np.testing.assert_array_equal(second, expected)
 
 
+def page_batches(page_N, **kw):
+    return list(page_order(np.asarray(page_N), **{"seed": 0, "epoch": 0, "window": 2} | kw))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    per_rank=st.integers(1, 4),
+    world=st.integers(1, 3),
+    window=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+)
+def test_page_order_gives_every_rank_as_many_samples_and_none_twice(sizes, per_rank, world, window, epoch):
+    page_N = np.repeat(np.arange(len(sizes)) * 7, sizes)  # page numbers have gaps, as in real files
+    steps = steps_per_epoch(len(page_N), per_rank, world)
+    if steps == 0:
+        return
+    options = {"batch_size": per_rank, "world": world, "window": window, "epoch": epoch}
+    ranks = [page_batches(page_N, rank=rank, **options) for rank in range(world)]
+    assert [len(batches) for batches in ranks] == [steps] * world
+    seen = np.concatenate([np.concatenate(batches) for batches in ranks])
+    assert len(np.unique(seen)) == len(seen) == steps * per_rank * world
+    for rank, batches in enumerate(ranks):
+        for start in (0, steps // 2, steps):
+            rest = page_batches(page_N, rank=rank, start_step=start, **options)
+            np.testing.assert_array_equal(np.array(batches[start:]).reshape(-1), np.array(rest).reshape(-1))
+
+
+def test_page_order_needs_few_pages_at_a_time_and_each_page_once():
+    page_N = np.repeat(np.arange(40), 25)
+    order = np.concatenate(page_batches(page_N, batch_size=10, window=4))
+    windows = page_N[order].reshape(10, 100)  # 4 pages of 25 samples each
+    assert all(len(np.unique(window)) == 4 for window in windows)
+    assert len({page for window in windows for page in np.unique(window)}) == 40
+    assert not np.array_equal(np.sort(windows[0]), windows[0])  # and mixed within
+
+
+def test_ranks_read_their_own_pages_but_for_the_end():
+    sizes = np.random.default_rng(0).integers(20, 30, 64)
+    page_N = np.repeat(np.arange(64), sizes)
+    ranks = [np.concatenate(page_batches(page_N, batch_size=5, world=2, rank=r, window=8)) for r in range(2)]
+    pages = [set(page_N[ids[:-60]].tolist()) for ids in ranks]
+    assert not pages[0] & pages[1]
+
+
+def test_page_order_changes_with_seed_and_epoch():
+    page_N = np.repeat(np.arange(8), 8)
+    orders = [np.concatenate(page_batches(page_N, batch_size=8, seed=s, epoch=e)) for s in range(3) for e in range(3)]
+    assert all((a != b).any() for a, b in itertools.combinations(orders, 2))
+
+
 def test_sequential_has_all_samples_in_file_order():
     steps = list(sequential(10, 4))
     assert [len(step) for step in steps] == [4, 4, 2]
@@ -70,6 +120,8 @@ def test_sequential_has_all_samples_in_file_order():
         (lambda: random_order(8, batch_size=4, seed=-1, epoch=0), "seed"),
         (lambda: random_order(8, batch_size=0, seed=0, epoch=0), "batch size"),
         (lambda: random_order(8, batch_size=4, seed=0, epoch=0, rank=2, world=2), "rank 2 of 2"),
+        (lambda: page_order(np.zeros(7), batch_size=8, window=1, seed=0, epoch=0), "do not fill one batch"),
+        (lambda: page_order(np.zeros(8), batch_size=8, window=0, seed=0, epoch=0), "page window is 0"),
         (lambda: sequential(0, 4), "empty"),
         (lambda: sequential(4, 0), "batch size"),
     ],
