@@ -31,13 +31,12 @@ class Source:
     """Labelled images. `classes` is empty where there are no labels (all are then 0).
 
     ignored: files that are no images. unusable: (name, reason) of images that have no place in the data set.
-    sizes: bytes of each file, zeros where not known. sequential: one thread must `read`, in ascending order.
+    sizes: bytes of each file, zeros where not known. `read` is safe from many threads, in any order.
     """
 
     classes: list[str] = []
     ignored = 0
     unusable: list[tuple[str, str]] = []
-    sequential = False
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -50,8 +49,11 @@ class Source:
         """What to call image i in the list of skipped files."""
         raise NotImplementedError
 
-    def read(self, i: int) -> tuple[bytes | Image.Image, int]:
-        """Content of the image file (or pixels, where there is no file) and label. OSError if it cannot be had."""
+    def read(self, i: int, buffer: memoryview | None = None) -> tuple[bytes | memoryview | Image.Image, int]:
+        """Content of the image file (or pixels, where there is no file) and label. OSError if it cannot be had.
+
+        buffer: where the content may be put; if it was, what is returned is the beginning of it.
+        """
         raise NotImplementedError
 
     def subset(self, num: int) -> Sequence[int]:
@@ -64,12 +66,19 @@ class Source:
 
 
 def open_source(
-    src: str, *, subdir: str | None = None, devkit: Path | None = None, root: Path | None = None, seed: int = 0
+    src: str,
+    *,
+    subdir: str | None = None,
+    devkit: Path | None = None,
+    root: Path | None = None,
+    seed: int = 0,
+    scratch: Path | None = None,
 ) -> Source:
     """Open SRC: a folder, an archive, shards (`train-{000..146}.tar`), `torchvision:NAME[:SPLIT]`, `shapes[:N]`.
 
     subdir: only what lies below it. devkit: labels of the ImageNet validation archive. root: where torchvision keeps
-    data sets. seed: of generated pictures. Raises UserError if there is nothing to convert.
+    data sets. seed: of generated pictures. scratch: folder on whose disk a compressed tar is unpacked. Raises UserError
+    if there is nothing to convert.
     """
     kind, *arguments = src.split(":")
     if kind in ("shapes", "shapes-val"):
@@ -82,7 +91,7 @@ def open_source(
         if missing:
             few = ", ".join(p.name for p in missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise UserError(f"{len(missing)} of {len(paths)} shards of {src} are missing: {few}; adjust the range")
-    return FileSource(src, paths, subdir, devkit)
+    return FileSource(src, paths, subdir, devkit, scratch)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -111,10 +120,9 @@ class FileSource(Source):
     validation archive, from the development kit; files in no folder have none.
     """
 
-    def __init__(self, title: str, paths: list[Path], subdir: str | None, devkit: Path | None):
+    def __init__(self, title: str, paths: list[Path], subdir: str | None, devkit: Path | None, scratch: Path | None):
         self._title = title
-        self._containers = [open_container(path) for path in paths]
-        self.sequential = any(c.sequential for c in self._containers)
+        self._containers = [open_container(path, scratch) for path in paths]
         self._members: list[Member] = []
         self._container_of: list[int] = []
         self._tags: dict[tuple[int, str], str] = {}  # (shard, WebDataset key) -> content of its .cls
@@ -146,8 +154,9 @@ class FileSource(Source):
     def name(self, i: int) -> str:
         return self._full_name(self._container_of[i], self._members[i].path)
 
-    def read(self, i: int) -> tuple[bytes, int]:
-        return self._containers[self._container_of[i]].read(self._members[i]), int(self._labels[i])
+    def read(self, i: int, buffer: memoryview | None = None) -> tuple[bytes | memoryview, int]:
+        container = self._containers[self._container_of[i]]
+        return container.read(self._members[i], buffer=buffer), int(self._labels[i])
 
     def close(self) -> None:
         for container in self._containers:
@@ -295,7 +304,8 @@ class ShapesSource(Source):
     def name(self, i: int) -> str:
         return f"{self._split} {i}"
 
-    def read(self, i: int) -> tuple[bytes, int]:
+    def read(self, i: int, buffer: memoryview | None = None) -> tuple[bytes, int]:
+        del buffer  # the encoder has its own
         return self._render(i, seed=self._seed, split=self._split)
 
     def subset(self, num: int) -> Sequence[int]:
@@ -325,7 +335,8 @@ class TorchvisionSource(Source):
     def name(self, i: int) -> str:
         return str(self._files[i][0]) if self._files else f"{self._title} {i}"
 
-    def read(self, i: int) -> tuple[bytes | Image.Image, int]:
+    def read(self, i: int, buffer: memoryview | None = None) -> tuple[bytes | Image.Image, int]:
+        del buffer
         if self._files:
             path, label = self._files[i]
             return Path(path).read_bytes(), int(label)

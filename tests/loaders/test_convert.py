@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -10,15 +11,19 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torchvision
 from PIL import Image, ImageOps
 
-from loaders import beton, convert, images
+from loaders import beton, convert, draw, images
 from loaders.beton import MODE_JPEG, MODE_RAW, Reader
+from loaders.dataset import open_data
 
 
 def smooth(height=60, width=80, seed=0, bands=3):
@@ -109,7 +114,9 @@ def test_summary_beside_the_file(tmp_path, capsys, folder):
     assert content["versions"]["torch"] and content["seconds"] > 0
 
 
-def test_any_number_of_workers_writes_the_same_file(tmp_path, capsys):
+def test_any_number_of_workers_writes_the_same_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert, "CHUNK_IMAGES", 5)  # many chunks, so that their memory is used again,
+    monkeypatch.setattr(convert, "CHUNK_BYTES", 6000)  # and some that do not fit
     contents = {f"{i % 4}/{i:03d}.jpg": encode(smooth(30 + i % 7, 50, seed=i)) for i in range(70)}
     contents |= {f"{i % 4}/{i:03d}.png": encode(smooth(70, 80, seed=i), "PNG") for i in range(70, 90)}
     contents |= {f"1/{i:03d}.jpg": b"broken" for i in range(90, 95)}
@@ -159,6 +166,113 @@ def test_wrong_extension_is_judged_by_content(tmp_path, capsys):
     content = encode(smooth())
     assert bytes(convert_one(tmp_path, capsys, content, name="x.png").jpeg) == content
     assert_close(convert_one(tmp_path, capsys, encode(smooth(70, 90), "PNG"), name="x.jpg"), smooth(70, 90))
+
+
+# Order and parts
+
+
+def pack(tmp_path, folder):
+    """The folder and archives of it, listed in the same order."""
+    files = sorted(Path(folder).rglob("*.jpg"))
+    for name, mode in (("x.tar", "w"), ("x.tgz", "w:gz")):
+        with tarfile.open(tmp_path / name, mode) as tar:
+            for file in files:
+                tar.add(file, file.relative_to(folder))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for file in files:
+            archive.write(file, file.relative_to(folder))
+    return [folder, *(str(tmp_path / name) for name in ("x.tar", "x.tgz", "x.zip"))]
+
+
+def read(path):
+    """(blob, class) of every sample."""
+    reader = Reader(path)
+    return [(bytes(s.jpeg), reader.classes[s.label]) for s in reader]
+
+
+def test_shuffle(tmp_path, capsys, folder):
+    files = sorted(Path(folder).rglob("*.jpg"))
+    want = [files[i] for i in draw.permutation(30, seed=7, epoch=0, stream=convert.SHUFFLE_STREAM)]
+    contents = set()
+    for number, src in enumerate(pack(tmp_path, folder)):
+        for workers in (1, 3):
+            out = tmp_path / f"{number}{workers}.beton"
+            status, table, err = run(capsys, src, out, "--shuffle", "--seed", 7, "--workers", workers)
+            assert status == 0, err
+            assert read(out) == [(file.read_bytes(), file.parent.name) for file in want]
+            contents.add(out.read_bytes())
+    assert len(contents) == 1
+    assert "shuffled with seed 7" in table
+    content = json.loads((tmp_path / "01.json").read_text())
+    assert content["order"] == "shuffled with seed 7" and content["options"]["shuffle"] is True
+    run(capsys, folder, tmp_path / "other.beton", "--shuffle", "--seed", 8)
+    assert sorted(read(tmp_path / "other.beton")) == sorted(read(tmp_path / "01.beton")) != read(tmp_path / "01.beton")
+    assert read(tmp_path / "other.beton") != read(tmp_path / "01.beton")
+
+
+def test_the_shuffled_order_is_for_ever(tmp_path, capsys):
+    src = put(tmp_path / "src", {f"{i}.jpg": encode(Image.new("RGB", (10 + i, 9))) for i in range(8)})
+    assert run(capsys, src, tmp_path / "o.beton", "--shuffle")[0] == 0
+    assert (Reader(tmp_path / "o.beton").width - 10).tolist() == [6, 0, 5, 4, 2, 1, 7, 3]
+
+
+def test_shuffle_of_generated_pictures_and_data_sets(tmp_path, capsys, monkeypatch):
+    class Pixels:
+        classes = ["a", "b"]
+
+        def __init__(self, root, train=True):
+            del root, train
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            return Image.new("RGB", (4, 3), (i, 0, 0)), i % 2
+
+    monkeypatch.setattr(torchvision.datasets, "Pixels", Pixels, raising=False)
+    monkeypatch.setattr(torchvision.datasets, "__all__", ["Pixels"])
+    order = draw.permutation(20, seed=0, epoch=0, stream=convert.SHUFFLE_STREAM)
+    for src in ("shapes:20", "torchvision:Pixels"):
+        assert run(capsys, src, tmp_path / "a.beton", "--overwrite", "--root", tmp_path)[0] == 0
+        assert run(capsys, src, tmp_path / "b.beton", "--overwrite", "--root", tmp_path, "--shuffle")[0] == 0
+        plain, shuffled = read(tmp_path / "a.beton"), read(tmp_path / "b.beton")
+        assert shuffled == [plain[i] for i in order] != plain
+
+
+@pytest.mark.parametrize("shuffle", [(), ("--shuffle",)])
+@pytest.mark.parametrize("limit", [(), ("--limit", 21)])
+def test_parts_are_together_what_one_run_makes(tmp_path, capsys, folder, shuffle, limit):
+    put(Path(folder), {"beside.jpg": encode(smooth()), "cat/broken.jpg": b"x", "zebra/z.jpg": encode(smooth(9, 9))})
+    assert run(capsys, folder, tmp_path / "whole.beton", *shuffle, *limit)[0] == 0
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    summaries = []
+    for part in range(5):
+        status, table, err = run(
+            capsys, folder, tmp_path / f"part-{part}.beton", "--part", f"{part}/5", *shuffle, *limit, "--workers", 2
+        )
+        assert status == 0 and f"{part}/5, counted from 0" in table, err
+        summaries.append(json.loads((tmp_path / f"part-{part}.json").read_text()))
+        assert summaries[-1]["part"] == f"{part}/5" and summaries[-1]["order"] == whole["order"]
+        assert summaries[-1]["classes"] == ["cat", "dog", "zebra"]
+        assert 3 <= summaries[-1]["images"] <= 7
+    parts = [sample for part in range(5) for sample in read(tmp_path / f"part-{part}.beton")]
+    assert parts == read(tmp_path / "whole.beton")
+    assert [sum(c) for c in zip(*(s["counts"] for s in summaries), strict=True)] == whole["counts"]
+    assert sum(s["skipped"] for s in summaries) == whole["skipped"]
+    assert 0 in np.array([s["counts"] for s in summaries])  # a class without an image in some part
+    with open_data(str(tmp_path / "part-{0..4}.beton")) as data:
+        assert data.classes == ["cat", "dog", "zebra"]
+        assert [(bytes(s.jpeg), data.classes[s.label]) for s in data] == parts
+
+
+def test_parts_need_no_common_size(tmp_path, capsys):
+    """Empty parts are refused, by name and number."""
+    src = put(tmp_path / "src", {f"{i}.jpg": encode(smooth(seed=i)) for i in range(2)})
+    status, _, err = run(capsys, src, tmp_path / "o.beton", "--part", "0/3")
+    assert status == 2 and "--part 0/3 of 2 images holds none; make fewer parts" in err
+    assert run(capsys, src, tmp_path / "1.beton", "--part", "1/3")[0] == 0
+    assert run(capsys, src, tmp_path / "2.beton", "--part", "2/3")[0] == 0
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["1.beton", "1.json", "2.beton", "2.json", "src"]
 
 
 # What becomes upright 8-bit RGB
@@ -278,6 +392,37 @@ def test_max_side(tmp_path, capsys):
     assert Reader(tmp_path / "best.beton").size[1] > len(samples[1].jpeg)
 
 
+def detailed(height, width):
+    """A gray picture with detail of every size, as photographs have: averaging differs from picking pixels."""
+    rng = np.random.default_rng(5)
+    pixels = np.zeros((height, width))
+    for side in (4, 16, 64, 256, max(height, width)):
+        coarse = Image.fromarray(rng.integers(0, 256, (side, side), dtype=np.uint8))
+        pixels += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=float) / 5
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize(
+    ("max_side", "decoded"), [(60, 126), (100, 252), (125, 252), (127, 503), (250, 503), (252, 1006), (900, 1006)]
+)
+def test_large_jpegs_are_decoded_small(monkeypatch, orientation, max_side, decoded):
+    """At 1/2, 1/4, 1/8 where twice the wanted size is left; that is close to Lanczos from all pixels, turned or not."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(detailed(757, 1006), quality=92, exif=exif)
+    full = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    size = images._fitted(full.size, max_side)
+    want = np.asarray(full.resize(size, Image.Resampling.LANCZOS), float)
+    seen, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, *a, **o: seen.append(image.size) or resize(image, *a, **o))
+    stored = images.store(content, max_side=max_side, quality=100)
+    assert seen == [(decoded, -(-decoded * 757 // 1006))]
+    assert (stored.width, stored.height, stored.how) == (*size, "smaller")
+    got = np.asarray(Image.open(io.BytesIO(stored.blob)), float)
+    assert 10 * np.log10(255**2 / ((got - want) ** 2).mean()) > 46  # 36-46 if the padding of odd sizes were counted in
+
+
 # What is skipped
 
 
@@ -382,6 +527,12 @@ def test_head_of_a_jpeg_agrees_with_pillow(tmp_path):
         (["{src}", "{tmp}/o.beton", "--limit", "0"], "--limit 0"),
         (["{src}", "{tmp}/o.beton", "--page-size", "12345"], "power of two"),
         (["{src}", "{tmp}/o.beton", "--subdir", "bird"], "no folder 'bird'"),
+        (["{src}", "{tmp}/o.beton", "--part", "3"], "write it as 3/16"),
+        (["{src}", "{tmp}/o.beton", "--part", "a/b"], "write it as 3/16"),
+        (["{src}", "{tmp}/o.beton", "--part", "16/16"], "counted from 0, so write 0/16 to 15/16"),
+        (["{src}", "{tmp}/o.beton", "--part", "0/0"], "counted from 0"),
+        (["{src}", "{tmp}/o.beton", "--part", "0/31"], "make fewer parts"),
+        (["{src}", "{tmp}/o.beton", "--shuffle", "--seed", "4294967296"], "--seed 4294967296"),
         (["torchvision:cifra10", "{tmp}/o.beton"], "did you mean CIFAR10"),
         (["{tmp}/x-{0..2}.tar", "{tmp}/o.beton"], "3 of 3 shards"),
     ],
@@ -429,7 +580,7 @@ def fail_with(number):
     return fail
 
 
-@pytest.mark.parametrize("when", ["add", "flush", "commit"])
+@pytest.mark.parametrize("when", ["extend", "flush", "commit"])
 def test_full_disk(tmp_path, capsys, folder, monkeypatch, when):
     monkeypatch.setattr(beton.Writer, when, fail_with(errno.ENOSPC))
     status, out, err = run(capsys, folder, tmp_path / "o.beton")
@@ -438,7 +589,7 @@ def test_full_disk(tmp_path, capsys, folder, monkeypatch, when):
 
 
 def test_failure_while_writing_the_summary(tmp_path, capsys, folder, monkeypatch):
-    monkeypatch.setattr(Path, "write_text", fail_with(errno.EIO))
+    monkeypatch.setattr(convert, "_write", fail_with(errno.EIO))
     status, _, err = run(capsys, folder, tmp_path / "o.beton")
     assert status == 2 and "Input/output error" in err
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
@@ -462,22 +613,25 @@ def test_a_file_that_outgrows_its_limit(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
 
 
-def start_and_wait_for_writing(tmp_path, src):
+def start_and_wait_for_writing(tmp_path, src, *options):
     """The command in a process of its own, stopped from finishing by much to do."""
     command = [sys.executable, "-c", "import sys; from loaders.convert import main; sys.exit(main())"]
-    command += [src, str(tmp_path / "o.beton"), "--workers", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for _ in range(1200):
-        if (tmp_path / "o.beton.partial").exists() or process.poll() is not None:
+    command += [src, str(tmp_path / "o.beton"), "--workers", "1", *options]
+    partial = tmp_path / "o.beton.partial"
+    before = partial.stat().st_mtime_ns if partial.exists() else None  # of a run that was killed
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for _ in range(12000):
+        begun = partial.exists() and partial.stat().st_mtime_ns != before
+        if begun or process.poll() is not None:
             return process
-        time.sleep(0.05)
+        time.sleep(0.005)
     process.kill()
     raise AssertionError("the command did not begin to write")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_nothing(tmp_path, number):
-    process = start_and_wait_for_writing(tmp_path, "shapes:1000000")
+@pytest.mark.parametrize(("number", "options"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--shuffle", "--part", "1/2"))])
+def test_interrupt_leaves_nothing(tmp_path, number, options):
+    process = start_and_wait_for_writing(tmp_path, "shapes:1000000", *options)
     process.send_signal(number)
     process.send_signal(number)  # impatience does not disturb the cleaning up
     _, err = process.communicate(timeout=60)
@@ -495,6 +649,83 @@ def test_kill_leaves_a_temporary_name_that_the_next_run_removes(tmp_path, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.beton", "o.json", "src"]
 
 
+def assert_consistent(out, folder):
+    """OUT is missing, or whole and beside a summary of its own; returns the seed of its order, None if missing."""
+    if not out.exists():
+        return None
+    reader, content = Reader(out), json.loads(beton.sidecar_path(out, ".json").read_text())
+    assert content["bytes"] == out.stat().st_size and content["images"] == len(reader)
+    files = sorted(Path(folder).rglob("*.jpg"))
+    part, num_parts = map(int, content["part"].split("/"))
+    order = draw.permutation(len(files), seed=content["options"]["seed"], epoch=0, stream=convert.SHUFFLE_STREAM)
+    order = order[len(files) * part // num_parts : len(files) * (part + 1) // num_parts]
+    assert read(out) == [(files[i].read_bytes(), files[i].parent.name) for i in order]
+    assert not beton.sidecar_path(out, ".skipped.csv").exists()
+    return content["options"]["seed"]
+
+
+def run_until(tmp_path, num_changes, *arguments):
+    """The command in a child process that dies, as if by kill -9, before its nth change of a folder or opening of a
+    file for writing. Returns whether it lived."""
+    changes = itertools.count()
+
+    def watch(event, details):
+        if event in ("os.rename", "os.remove") or (event == "open" and details[2] & os.O_ACCMODE):
+            touches = isinstance(details[0], (str, Path)) and str(details[0]).startswith(str(tmp_path))
+            if touches and next(changes) == num_changes:
+                os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.addaudithook(watch)
+            os._exit(convert.main([str(a) for a in arguments]))
+        finally:
+            os._exit(3)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    return status == 0
+
+
+def test_killed_between_any_two_changes(tmp_path, capsys, folder):
+    """A run that replaces an older file dies before each step in turn."""
+    out = tmp_path / "out" / "o.beton"
+    out.parent.mkdir()
+    options = ("--shuffle", "--part", "1/2", "--overwrite", "--workers", 1)
+    seeds, lived, step = [], False, 0
+    while not lived:
+        assert run(capsys, folder, out, *options, "--seed", 1)[0] == 0
+        (out.parent / "o.skipped.csv").write_text("of an older run")
+        lived = run_until(out.parent, step, folder, out, *options, "--seed", 2)
+        if (out.parent / "o.skipped.csv").exists() and out.exists():
+            (out.parent / "o.skipped.csv").unlink()  # the older run's, which is still whole
+        seeds.append(assert_consistent(out, folder))
+        step += 1
+        again = () if seeds[-1] is None else ("--overwrite",)
+        assert run(capsys, folder, out, "--shuffle", "--part", "1/2", *again, "--seed", 3)[0] == 0
+        assert assert_consistent(out, folder) == 3
+        assert sorted(p.name for p in out.parent.iterdir()) == ["o.beton", "o.json"]
+    assert step > 7 and seeds == sorted(seeds, key=[1, None, 2].index) and set(seeds) == {1, None, 2}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path, capsys):
+    contents = [encode(smooth(40 + i, 90 - i, seed=i)) for i in range(50)]
+    src = put(tmp_path / "src", {f"{i % 7}/{i:05d}.jpg": contents[i % 50] for i in range(6000)})
+    out, rng = tmp_path / "out" / "o.beton", np.random.default_rng()
+    out.parent.mkdir()
+    for seed in range(25):
+        options = ("--shuffle", "--part", f"{seed % 3}/3", "--overwrite", "--seed", str(seed))
+        process = start_and_wait_for_writing(out.parent, src, *options)
+        time.sleep(rng.uniform(0, 0.15))  # a whole run takes about 0.1 s from here
+        process.kill()
+        process.communicate(timeout=60)
+        assert_consistent(out, src)
+    assert run(capsys, src, out, "--shuffle", "--part", "0/1", "--overwrite", "--seed", 99)[0] == 0
+    assert assert_consistent(out, src) == 99
+    assert sorted(p.name for p in out.parent.iterdir()) == ["o.beton", "o.json"]
+
+
 def test_generated_pictures(tmp_path, capsys):
     from loaders import shapes
 
@@ -505,18 +736,15 @@ def test_generated_pictures(tmp_path, capsys):
         assert (bytes(sample.jpeg), sample.label) == shapes.render(i, seed=0, split="train")
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_compressed_tar_is_read_in_order(tmp_path, capsys, folder, workers):
-    """Read by one thread, prepared by several; the same file as from an uncompressed one."""
-    import tarfile
-
-    for mode in ("w", "w:gz"):
-        with tarfile.open(tmp_path / f"{mode[2:] or 'tar'}", mode) as tar:
-            tar.add(folder, "top")
-        name = mode[2:] or "tar"
-        assert run(capsys, tmp_path / name, tmp_path / f"{name}.beton", "--workers", workers, "--limit", 20)[0] == 0
-    assert (tmp_path / "gz.beton").read_bytes() == (tmp_path / "tar.beton").read_bytes()
-    assert Reader(tmp_path / "gz.beton").classes == ["cat", "dog"]
+def test_full_disk_while_unpacking(tmp_path, folder):
+    with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:
+        tar.add(folder, "top")
+    code = "import resource, sys; from loaders.convert import main; "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000)); sys.exit(main())"
+    command = [sys.executable, "-c", code, str(tmp_path / "x.tgz"), str(tmp_path / "o.beton")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src", "x.tgz"]
 
 
 def test_from_another_thread(tmp_path, folder):
