@@ -1,9 +1,9 @@
 """Bytes to views: the .beton file, the converter and the loader. Never imports fastssl.
 
-    import loaders
-    with loaders.open("train.beton", loaders.views.simsiam(K=4, size=224), batch_size=32, device="cuda") as loader:
-        for batch in loader.epoch(0):
-            batch.views  # 4 tensors [32, 3, 224, 224], normalised, channels last
+import loaders
+with loaders.open("train.beton", loaders.views.simsiam(K=4, size=224), batch_size=32, device="cuda") as loader:
+    for batch in loader.epoch(0):
+        batch.views  # 4 tensors [32, 3, 224, 224], normalised, channels last
 """
 
 from loaders import beton, views

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from loaders.augment import augment_rows
 from loaders.beton import Reader
+from loaders.dataset import Readers
 from loaders.draw import Draws, draw
 from loaders.errors import UserError
 from loaders.stats import Stats
@@ -23,7 +24,7 @@ class BadSample(UserError):
     """A stored image that does not decode."""
 
     def __init__(self, path: str, index: int, reason: str):
-        self.index = index
+        self.index, self.reason = index, reason
         super().__init__(
             f"sample {index} of {path} does not decode: {reason}; convert again without --no-verify, or train with "
             "--on-bad-sample skip"
@@ -35,10 +36,10 @@ class Job:
     """What a backend needs for one batch: which samples, which crops of them, and where to put the pixels.
 
     B images, K views. `crops` are K uint8 tensors [B, 3, S_k, S_k], channels last, on the backend's device.
-    `augment_rows`, when set, turns finished rows of crops into views and is called where the crops were made.
+    Where augmentation runs on the host, `views` (and `tiles`, see `augment.divide`) are where its results go.
     """
 
-    reader: Reader
+    reader: Reader | Readers
     spec: ViewSpec
     seed: int
     epoch: int
@@ -48,7 +49,15 @@ class Job:
     crops: list[torch.Tensor]
     stats: Stats
     on_bad_sample: str = "raise"
-    augment_rows: Callable[[range], None] | None = None
+    views: list[torch.Tensor] | None = None
+    tiles: list[torch.Tensor] | None = None
+
+    def augment_rows(self, rows: range) -> None:
+        """Finished rows of crops -> views and tiles; nothing where augmentation runs on the device."""
+        for k, out in enumerate(self.views or ()):
+            tiles = self.tiles[k] if self.tiles else None
+            spec, view = self.spec, self.spec.views[k]
+            augment_rows(self.crops[k], self.draws[k], view, spec.mean, spec.std, rows, out, tiles)
 
     def replace(self, row: int, bad: BadSample) -> None:
         """Put the next sample of the file, with its own draws, in the place of a broken one, or raise `bad`.
@@ -56,13 +65,14 @@ class Job:
         The batch keeps its size, so that compiled code and BatchNorm see what they expect, and the outcome depends
         on the broken sample alone, not on timing.
         """
+        index = (bad.index + 1) % len(self.reader)
+        bad = BadSample(*self.reader.locate(bad.index), bad.reason)
         if self.on_bad_sample == "raise":
             raise bad
         self.stats.add(replaced=1)
         if self.stats.replaced >= _MAX_REPLACEMENTS and self.stats.replaced >= self.stats.images:
             raise UserError(f"more broken than whole samples in {self.reader.path}, the last: {bad}") from bad
         warnings.warn(f"replaced by the next sample: {bad}", stacklevel=2)
-        index = (bad.index + 1) % len(self.reader)
         self.index_B[row] = index
         self.label_B[row] = self.reader.label[index]
         one = np.array([index])

@@ -11,8 +11,8 @@ class Stats:
     """Seconds per stage since the loader was opened, and how many images went through.
 
     read, decode, crop, augment: summed over worker threads (CPU seconds, except read, which is elapsed time).
-    copy: launching host-to-device copies and device augmentation. wait: the consumer waiting for its next batch,
-    the only stage that costs training time. A GPU's own time is not in here: measuring it would need a sync.
+    copy: launching host-to-device copies and device augmentation; device: what these take on the GPU, by its own
+    clock. wait: the consumer waiting for its next batch, the only stage that costs training time.
     """
 
     read: float = 0.0
@@ -20,6 +20,7 @@ class Stats:
     crop: float = 0.0
     copy: float = 0.0
     augment: float = 0.0
+    device: float = 0.0
     wait: float = 0.0
     images: int = 0
     replaced: int = 0  # broken samples for which another one was taken

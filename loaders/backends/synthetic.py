@@ -26,6 +26,11 @@ class Backend:
     name = "synthetic"
     ready_made = True  # the loader fills each slot once and neither draws nor augments
 
+    @classmethod
+    def missing(cls, device: torch.device) -> str | None:
+        del device
+        return None
+
     def __init__(
         self,
         reader: Reader,

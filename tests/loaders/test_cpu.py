@@ -1,4 +1,4 @@
-"""The CPU backend against Pillow: same boxes, same pixels."""
+"""The CPU backend's decoder; what it has in common with the other backends is in test_backends.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from conftest import jpeg_bytes, photo
 from PIL import Image
 
 import loaders
+from loaders import jpeg
 from loaders.backends import cpu
-from loaders.beton import Reader, Sample, Writer
-from loaders.draw import draw
+from loaders.beton import MODE_RAW, Sample
 
 KINDS = {
     "4:4:4": {"subsampling": 0},
@@ -22,78 +22,76 @@ KINDS = {
     "4:2:0": {"subsampling": 2},
     "progressive": {"progressive": True},
     "quality 40": {"quality": 40},
+    "RGB, not YCbCr": {"keep_rgb": True},
 }
-SIZES = [(64, 80), (233, 311), (1, 1), (3, 900), (900, 3), (1500, 2000)]
 
 
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
-    """One sample of every kind: chroma subsamplings, progressive, gray, tiny, huge, extreme aspect, raw."""
-    rng = np.random.default_rng(0)
-    blobs = [jpeg_bytes(photo(rng, 97, 131), **options) for options in KINDS.values()]
-    blobs += [jpeg_bytes(photo(rng, 97, 131).convert("L"))]
-    blobs += [jpeg_bytes(photo(rng, *size)) for size in SIZES]
-    path = tmp_path_factory.mktemp("zoo") / "zoo.beton"
-    raw = np.asarray(photo(rng, 32, 40))
-    with Writer(path, len(blobs) + 1) as writer:
-        for blob in blobs:
-            width, height = Image.open(io.BytesIO(blob)).size
-            writer.add(blob, height, width, 0)
-        writer.add(raw.tobytes(), 32, 40, 0, mode=1)
-    return path, [*blobs, raw.tobytes()]
+def picture(height: int = 97, width: int = 131) -> Image.Image:
+    return photo(np.random.default_rng(0), height, width)
 
 
-def pil_crops(path: Path, spec: loaders.ViewSpec, seed: int, epoch: int) -> list[list[np.ndarray]]:
-    """Crops [sample][view] as Pillow makes them from the same boxes."""
-    reader, result = Reader(path), []
-    index = np.arange(len(reader))
-    draws = draw(spec, seed=seed, epoch=epoch, index_B=index, height_B=reader.height, width_B=reader.width)
-    for i in index:
-        sample = reader[int(i)]
-        if sample.mode == 1:
-            image = Image.fromarray(np.array(sample.jpeg).reshape(sample.height, sample.width, 3))
-        else:
-            image = Image.open(io.BytesIO(bytes(sample.jpeg))).convert("RGB")
-        crops = []
-        for view, d in zip(spec.views, draws, strict=True):
-            top, left, height, width = d.box_B4[i].tolist()
-            kind = getattr(Image.Resampling, view.interpolation.upper())
-            region = image.crop((left, top, left + width, top + height))
-            crops.append(np.asarray(region.resize((view.size, view.size), kind)))
-        result.append(crops)
-    return result
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(97, 131), (1, 1), (8, 300)])
+def test_pixels_are_pillows_to_the_last_bit(kind: str, shape: tuple[int, int]) -> None:
+    blob = jpeg_bytes(picture(*shape), **KINDS[kind])
+    assert np.array_equal(jpeg.decode(blob), np.asarray(Image.open(io.BytesIO(blob))))
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_crops_are_pillows(zoo, interpolation: str) -> None:
-    path, blobs = zoo
-    spec = loaders.views.simsiam(3, 48, interpolation=interpolation)
-    plain = {"jitter_p": 0, "gray_p": 0, "blur_p": 0, "flip_p": 0}
-    spec = loaders.ViewSpec(tuple(replace(v, **plain) for v in spec.views))
-    expected = pil_crops(path, spec, seed=3, epoch=2)
-    mean, std = torch.tensor(spec.mean)[:, None, None], torch.tensor(spec.std)[:, None, None]
-    with loaders.open(path, spec, batch_size=len(blobs), order="sequential", seed=3) as loader:
-        (batch,) = loader.epoch(2)
-        for k, view in enumerate(batch.views):
-            for i in range(len(blobs)):
-                pixels = ((view[i] * std + mean) * 255).permute(1, 2, 0).numpy()
-                difference = np.abs(pixels - expected[i][k]).mean()
-                assert difference <= 0.5, f"sample {i} view {k}: {difference:.2f}/255 from Pillow"
+def test_gray_comes_as_three_channels_or_as_one() -> None:
+    blob = jpeg_bytes(picture().convert("L"))
+    expected = np.asarray(Image.open(io.BytesIO(blob)))[:, :, None]
+    assert np.array_equal(jpeg.decode(blob), expected.repeat(3, axis=2))
+    assert np.array_equal(jpeg.decode(blob, gray=True), expected)
+    assert jpeg.decode(jpeg_bytes(picture()), gray=True).shape == (97, 131, 1)
 
 
-def replace(view: loaders.views.View, **changes: object) -> loaders.views.View:
-    import dataclasses
+def test_exif_does_not_turn_the_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert jpeg.decode(jpeg_bytes(picture(), exif=exif)).shape == (97, 131, 3)
 
-    return dataclasses.replace(view, **changes)
+
+def test_read_only_memory_is_decoded_where_it_lies() -> None:
+    blob = np.frombuffer(jpeg_bytes(picture()), np.uint8)
+    assert not blob.flags.writeable
+    assert np.array_equal(jpeg.decode(blob), jpeg.decode(blob.tobytes()))
+
+
+def test_what_libjpeg_only_warns_of_is_no_error() -> None:
+    """Some of ImageNet's files are like that."""
+    blob = jpeg_bytes(picture())
+    with_stray_bytes = blob[:-2] + b"\x12\x34" + blob[-2:]
+    assert np.array_equal(jpeg.decode(with_stray_bytes), jpeg.decode(blob))
+
+
+@pytest.mark.parametrize("blob", [b"", bytes(100), b"\xff\xd8\xff\xd9", jpeg_bytes(picture())[:300]])
+def test_what_is_no_jpeg_is_an_error(blob: bytes) -> None:
+    for gray in (False, True):
+        with pytest.raises(ValueError, match=r"(?i)jpeg"):
+            jpeg.decode(blob, gray=gray)
+
+
+@pytest.mark.parametrize("missing", [3, 100, 3000])
+def test_a_truncated_jpeg_is_an_error(missing: int) -> None:
+    with pytest.raises(ValueError, match=r"(?i)premature end"):
+        jpeg.decode(jpeg_bytes(picture())[:-missing])
 
 
 def test_decoding_errors_say_what() -> None:
-    rng = np.random.default_rng(0)
-    blob = np.frombuffer(jpeg_bytes(photo(rng, 20, 30)), np.uint8)
-    assert cpu.decode(Sample(blob, 20, 30, 0)).shape == (3, 20, 30)
-    with pytest.raises(ValueError, match=r"decodes to \(20, 30\)"):
+    blob = np.frombuffer(jpeg_bytes(picture(20, 30)), np.uint8)
+    image = cpu.decode(Sample(blob, 20, 30, 0))
+    assert image.shape == (3, 20, 30) and image[None].is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"decodes to \(20, 30\), the file says \(30, 20\)"):
         cpu.decode(Sample(blob, 30, 20, 0))
-    with pytest.raises(ValueError, match=r"(?i)jpeg|decode"):
+    with pytest.raises(ValueError, match=r"(?i)jpeg"):
         cpu.decode(Sample(np.zeros(100, np.uint8), 20, 30, 0))
-    with pytest.raises(ValueError, match="raw bytes"):
-        cpu.decode(Sample(np.zeros(100, np.uint8), 20, 30, 0, mode=1))
+    with pytest.raises(ValueError, match="100 raw bytes, expected 20 x 30 x 3"):
+        cpu.decode(Sample(np.zeros(100, np.uint8), 20, 30, 0, MODE_RAW))
+
+
+def test_each_image_is_decoded_once(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    monkeypatch.setattr(cpu.jpeg, "decode", lambda blob, decode=jpeg.decode: decoded.append(len(blob)) or decode(blob))
+    with loaders.open(beton, loaders.views.simsiam(4, 32), batch_size=8, backend="cpu") as loader:
+        assert sum(len(batch.index) for batch in loader.epoch()) == 48
+    assert sorted(decoded) == sorted(loader.reader.size.tolist())

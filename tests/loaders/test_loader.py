@@ -67,6 +67,52 @@ def test_ranks_together_are_one_process(beton: Path) -> None:
     assert one == [a + b for a, b in zip(*two, strict=True)]
 
 
+def test_page_order_is_one_more_order_of_the_same_views(beton: Path) -> None:
+    reference = collect(beton, batch_size=8, epoch=1)
+    assert same(reference, collect(beton, batch_size=8, epoch=1, order="page", page_window=1))
+    ranks = [collect(beton, batch_size=4, epoch=1, order="page", rank=r, world=2) for r in (0, 1)]
+    assert not ranks[0].keys() & ranks[1].keys() and same(reference, ranks[0] | ranks[1])
+
+
+def test_the_next_epoch_is_made_ahead_and_is_the_same(beton: Path) -> None:
+    def batches(ahead: bool) -> list[tuple[list[int], torch.Tensor]]:
+        with loaders.open(beton, SPEC, batch_size=8, prefetch=2) as loader:
+            threads, seen = set(), []
+            for epoch in range(4):
+                seen += [(b.index.tolist(), b.views[2].clone()) for b in loader.epoch(epoch, ahead=ahead and epoch < 3)]
+                threads.add(loader._feed.thread)
+            assert len(threads) == (1 if ahead else 4)
+            return seen
+
+    for (i, v), (j, w) in zip(batches(False), batches(True), strict=True):
+        assert i == j and torch.equal(v, w)
+
+
+def test_another_epoch_than_the_announced_one_may_be_asked_for(beton: Path) -> None:
+    with loaders.open(beton, SPEC, batch_size=8) as loader:
+        assert len(list(loader.epoch(0, ahead=True))) == 6
+        ids = [b.index.tolist() for b in loader.epoch(5, 2, ahead=True)]
+        assert len(list(itertools.islice(loader.epoch(6), 3))) == 3
+    with loaders.open(beton, SPEC, batch_size=8) as loader:
+        assert ids == [b.index.tolist() for b in loader.epoch(5, 2)]
+
+
+def test_an_error_in_the_next_epoch_belongs_to_it(tmp_path: Path) -> None:
+    path = write_beton(tmp_path / "late.beton", 12)
+    with loaders.open(path, SPEC, batch_size=3, backend="cpu") as loader:
+        start = loader.backend.start
+
+        def failing(job):
+            if job.epoch == 1:
+                raise BadSample(str(path), 3, "broken")
+            return start(job)
+
+        loader.backend.start = failing
+        assert len(list(loader.epoch(0, ahead=True))) == 4
+        with pytest.raises(BadSample):
+            list(loader.epoch(1))
+
+
 def test_shapes_layout_labels(beton: Path) -> None:
     reader = Reader(beton)
     with loaders.open(beton, SPEC, batch_size=8, dtype=torch.bfloat16) as loader:
@@ -132,7 +178,7 @@ def test_synthetic_needs_no_pixels(beton: Path) -> None:
 
 
 def test_stats_count_every_stage(beton: Path) -> None:
-    with loaders.open(beton, SPEC, batch_size=8) as loader:
+    with loaders.open(beton, SPEC, batch_size=8, backend="cpu") as loader:
         list(loader.epoch())
         stats = loader.stats.snapshot()
     assert stats["images"] == 48
