@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import tyro
@@ -25,7 +26,8 @@ RESUMABLE = {
 def default_folder(config: Config) -> Path:
     """runs/NAME-DATA: NAME is the preset, or method and backbone."""
     name = config.preset or f"{config.model.method}-{config.model.backbone.replace('/', '-')}"
-    return Path("runs") / f"{name}-{Path(config.data.data).name.removesuffix('.beton')}"
+    data = Path(config.data.data.split(",")[0]).name.removesuffix(".beton")
+    return Path("runs") / f"{name}-{re.sub('[^A-Za-z0-9._-]+', '-', data)}"
 
 
 def parse(argv: list[str]) -> Config:

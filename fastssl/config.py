@@ -26,9 +26,10 @@ class Data:
     """Data and views"""
 
     data: str = ""
-    """Training images: a .beton file made by fastssl-convert. Labels in it are never used for training."""
+    """Training images: a .beton file made by fastssl-convert, or several (a.beton,b.beton or 'part-{00..15}.beton').
+    Labels in them are never used for training."""
     val: str | None = None
-    """Validation images (.beton): switches the kNN monitor on, with --data as its bank."""
+    """Validation images (likewise): switches the kNN monitor on, with --data as its bank."""
     size: int = 224
     """Side of the square views, px."""
     recipe: Literal["imagenet", "cifar"] = "imagenet"
@@ -41,7 +42,13 @@ class Data:
     batch_size: int = 32
     """Images per step, over all processes (each image is seen in all its views)."""
     backend: str = "auto"
-    """Who decodes: auto, cpu (libjpeg-turbo in threads), or synthetic (no pixels, to measure the network alone)."""
+    """Who decodes: auto (the best here, by measurement), cpu (libjpeg-turbo in threads), dali (on the GPU), ffcv,
+    resident (everything decoded beforehand, in memory), or synthetic (no pixels, to measure the network alone)."""
+    order: Literal["random", "page"] = "random"
+    """random: one permutation of all images. page: the file's pages in random order, images shuffled within
+    --page-window pages: for hard disks and for files larger than memory."""
+    page_window: int = 64
+    """Pages (of 8 MiB, usually) to shuffle together; about twice as many are in memory."""
     workers: int | None = None
     """Decoding threads per process. None: all cores on a CPU, all but one beside a GPU."""
     prefetch: int = 3
@@ -161,6 +168,7 @@ def validate(config: Config) -> None:
     need(data.size >= 8, f"--size {data.size}: views need at least 8 px")
     need(data.batch_size >= 2, f"--batch-size {data.batch_size}: BatchNorm needs at least 2 images per step")
     need(data.prefetch >= 1, f"--prefetch {data.prefetch}: at least 1 batch has to be prepared")
+    need(data.page_window >= 1, f"--page-window {data.page_window}: at least 1 page has to be shuffled")
     need(data.workers is None or data.workers >= 1, f"--workers {data.workers}: at least 1 thread has to decode")
     need(data.crop_min is None or 0 < data.crop_min <= 1, f"--crop-min {data.crop_min}: a share of the area, in (0, 1]")
     need(data.blur is None or 0 <= data.blur <= 1, f"--blur {data.blur}: a probability, in [0, 1]")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loaders.loader import divide
+from loaders.augment import divide
 
 __all__ = ["divide", "feature_std", "mean_of_others", "negative_cosine"]
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
 import fastssl
-from fastssl import checkpoint, dist, export
+from fastssl import bottleneck, checkpoint, dist, export
 from fastssl import config as configs
 from fastssl import log as logs
 from fastssl.arguments import default_folder, list_presets, parse
@@ -34,10 +34,11 @@ from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract
 from fastssl.optim import lr_at, make_sgd, scaled_lr, set_lr
 from loaders import Batch, Loader
-from loaders.beton import Reader
+from loaders.dataset import open_data
 from loaders.errors import UserError
 
 RUN_FILES = ("config.yaml", logs.METRICS, checkpoint.NAME, export.NAME, "views.png", "curves.png")
+_REPORT_SECONDS = 60.0  # between bottleneck reports on the screen
 
 
 class NonFiniteLoss(UserError):
@@ -61,39 +62,52 @@ class Trainer:
                 f"use a multiple of {self.world.size}"
             )
         # Everything that can be wrong with the input is found before anything is written.
-        self.reader = Reader(config.data.data)
-        self.val_reader = Reader(config.data.val) if config.data.val else None
+        self.reader = open_data(config.data.data)
+        self.val_reader = open_data(config.data.val) if config.data.val else None
         if self.val_reader is not None and config.run.knn_k > min(len(self.reader), config.run.knn_bank):
             raise UserError(f"--knn-k {config.run.knn_k} neighbours asked of {len(self.reader)} images: use fewer")
         self.spec = make_views(config)
         self.method = make_method(config)
-        self.loader = Loader(
-            self.reader,
-            self.spec,
-            batch_size=config.data.batch_size // self.world.size,
-            device=self.device,
-            backend=config.data.backend,
-            seed=config.run.seed,
-            rank=self.world.rank,
-            world=self.world.size,
-            workers=config.data.workers,
-            prefetch=config.data.prefetch,
-            dtype=self.precision.dtype or torch.float32,
-            on_bad_sample=config.data.on_bad_sample,
-        )
         self.folder = Path(config.run.out) if config.run.out else default_folder(config)
         self.state: dict[str, Any] | None = None
         if config.run.resume:
             self.state = checkpoint.load(self.folder)
         else:
             check_folder(self.folder, config.run.overwrite)
+        self.loader = self._open_loader()
         self._build()
+        self.clock = bottleneck.StepClock(self.device)
+        self.reported = -math.inf  # when the bottleneck report was last shown
         self.step = 0  # steps done
         self.seconds = 0.0  # spent in this run, over all its resumptions
         self.best_knn: float | None = None
         self.last_knn: float | None = None
         self.last_loss: torch.Tensor | None = None  # of the last step, on the device
         self.stopping: str | None = None  # the signal that asked for it
+
+    def _open_loader(self) -> Loader:
+        data, world = self.config.data, self.world
+        backend = data.backend
+        if backend == "auto" and self.state is not None:
+            # The backends agree, but not to the last bit: a run goes on with the one that it began with.
+            backend = self.state["backend"]
+        with dist.main_first(world):  # measuring undisturbed, and all processes with one result
+            return Loader(
+                self.reader,
+                self.spec,
+                batch_size=data.batch_size // world.size,
+                device=self.device,
+                backend=backend,
+                seed=self.config.run.seed,
+                rank=world.rank,
+                world=world.size,
+                workers=data.workers,
+                prefetch=data.prefetch,
+                order=data.order,
+                page_window=data.page_window,
+                dtype=self.precision.dtype or torch.float32,
+                on_bad_sample=data.on_bad_sample,
+            )
 
     def _build(self) -> None:
         config, method = self.config, self.method
@@ -142,14 +156,19 @@ class Trainer:
             self._start_clock(self.last_checkpoint)
             while self.step < self.total_steps and not self.stopping:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
-                for batch in self.loader.epoch(epoch, first):
-                    self._train_step(batch)
+                self._begin_epoch()
+                for batch in self.loader.epoch(epoch, first, ahead=epoch + 1 < config.optim.epochs):
+                    with self.clock:
+                        metrics = self._train_step(batch)
+                    if self.step % config.run.log_every == 0 or self.step == self.total_steps:
+                        self._log(metrics)
                     if self.step >= self.total_steps or self.stopping:
                         break
                     if self._checkpoint_due():
                         self._save()
                 if self.stopping:
                     break
+                self._report()
                 ended = self.step % self.steps_per_epoch == 0
                 last = self.step >= self.total_steps
                 epochs_done = self.step // self.steps_per_epoch
@@ -172,7 +191,8 @@ class Trainer:
                 signal.signal(number, handler)
         return self._finish()
 
-    def _train_step(self, batch: Batch) -> None:
+    def _train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """One step; returns the method's metrics, still on the device."""
         config = self.config
         set_lr(self.optimizer, lr_at(config.optim, self.base_lr, self.step, self.steps_per_epoch))
         with self.precision.autocast(self.device):
@@ -185,8 +205,7 @@ class Trainer:
             self.method.after_step(self.step / (config.optim.epochs * self.steps_per_epoch))
         self.step += 1
         self.last_loss = loss.detach()
-        if self.step % config.run.log_every == 0 or self.step == self.total_steps:
-            self._log(metrics)
+        return metrics
 
     def _log(self, metrics: dict[str, torch.Tensor]) -> None:
         """The one place in the loop that waits for the device."""
@@ -210,6 +229,33 @@ class Trainer:
         if self.world.main:
             self.log.write(entry)
             self._show(entry)
+
+    def _begin_epoch(self) -> None:
+        self.epoch_began = (self.step, self.seconds, self.clock.take(), self.loader.stats.snapshot())
+
+    def _report(self) -> None:
+        """Where the epoch's time went: into metrics.jsonl, and on the screen, but not every few seconds."""
+        self._mark()
+        step, seconds, network, stats = self.epoch_began
+        if self.step == step or not self.world.main:
+            return
+        now = self.loader.stats.snapshot()
+        report = bottleneck.report(
+            {name: now[name] - stats[name] for name in now},
+            images=(self.step - step) * self.loader.batch_size,
+            seconds=self.seconds - seconds,
+            network_seconds=self.clock.take() - network,
+            workers=self.loader.workers,
+            on_gpu=self.device.type == "cuda",
+        )
+        entry = {"step": self.step, "epoch": self.step / self.steps_per_epoch, "ms_per_image": report.stages}
+        self.log.write(entry | {"limit": report.limit, "capacity": report.capacity})
+        if time.perf_counter() - self.reported < _REPORT_SECONDS and self.step < self.total_steps:
+            return
+        self.reported = time.perf_counter()
+        per_step = (self.seconds - seconds) / (self.step - step)
+        for line in report.lines((self.total_steps - self.step) * per_step):
+            self.log.say(line)
 
     def _show(self, entry: dict[str, Any]) -> None:
         config = self.config
@@ -307,6 +353,7 @@ class Trainer:
         return {
             "config": configs.to_dict(self.config),
             "step": self.step,
+            "backend": self.loader.backend.name,
             "steps_per_epoch": self.steps_per_epoch,
             "num_samples": len(self.reader),
             "seconds": self.seconds,
@@ -365,9 +412,8 @@ class Trainer:
         # In the folder's own record of itself the run is neither being resumed nor overwriting.
         own = dataclasses.replace(self.config.run, out=self.folder, overwrite=False)
         configs.save_yaml(dataclasses.replace(self.config, run=own), self.folder / "config.yaml")
-        with Loader(
-            self.reader, self.spec, batch_size=min(8, len(self.reader)), seed=self.config.run.seed, workers=1
-        ) as loader:
+        seed, num = self.config.run.seed, min(8, len(self.reader))
+        with Loader(self.reader, self.spec, batch_size=num, backend="cpu", seed=seed, workers=1) as loader:
             views = next(iter(loader.epoch(0))).views
             logs.save_views(self.folder / "views.png", views, self.spec.mean, self.spec.std)
 
@@ -380,9 +426,9 @@ class Trainer:
             f"learning rate {self.base_lr:g}, {config.optim.epochs} epochs of {self.steps_per_epoch} steps"
         )
         processes = f", {self.world.size} processes" if self.world.size > 1 else ""
-        self.log.say(
-            f"{name}, {self.precision}{processes}, backend {self.loader.backend.name}; run folder {self.folder}"
-        )
+        self.log.say(f"{name}, {self.precision}{processes}; run folder {self.folder}")
+        why = f" ({self.loader.choice.why})" if self.loader.choice else ""
+        self.log.say(f"backend {self.loader.backend.name}{why}")
 
     def _finish(self) -> dict[str, Any]:
         hours = self.seconds / 3600

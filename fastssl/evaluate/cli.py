@@ -18,7 +18,7 @@ from fastssl import evaluate
 from fastssl.cli import run_command
 from fastssl.core import pick_device, pick_precision
 from fastssl.evaluate.task import Task, load_backbone
-from loaders.beton import Reader
+from loaders.dataset import open_data
 from loaders.errors import UserError
 
 
@@ -54,7 +54,7 @@ def evaluate_weights(common: Common, name: str, config: Any) -> dict[str, dict[s
     """`{"weights": {setting: {metric: value}}, "random": ...}`. Raises UserError for input that cannot be used."""
     if not common.data or not common.val:
         raise UserError("give --data TRAIN.beton and --val VAL.beton: both with labels")
-    train, val = Reader(common.data), Reader(common.val)
+    train, val = open_data(common.data), open_data(common.val)
     device = pick_device(common.device)
     net, random_net, size = load_backbone(common.weights, common.backbone, common.size, common.seed)
     results = {}

@@ -421,3 +421,35 @@ def test_no_step_waits_for_the_gpu(beton: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Trainer, "_train_step", checked)
     monkeypatch.setattr(Trainer, "_log", allowed)
     assert small_run(beton, tmp_path / "run", "--device", "cuda", "--max-steps", "6", "--log-every", "6") == 0
+
+
+# --- The data pipeline ------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_says_where_its_time_went(finished: Path, beton: Path, tmp_path: Path, capsys) -> None:
+    entries = [e for e in logs.read_metrics(finished / logs.METRICS) if "ms_per_image" in e]
+    assert [e["epoch"] for e in entries] == [1, 2]
+    for entry in entries:
+        assert {"read", "decode", "crop", "augment", "network", "wait"} <= entry["ms_per_image"].keys()
+        assert entry["ms_per_image"]["network"] > 0 and entry["limit"] in entry["capacity"]
+    assert small_run(beton, tmp_path / "run", "--backend", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "ms per image: read" in out and "limit: the network" in out and "h to go" in out and "backend cpu" in out
+
+
+def test_several_files_are_one_data_set_and_page_order_trains(beton: Path, val_beton: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert train("--data", f"{beton},{val_beton}", "--out", folder, *SMALL, "--order", "page") == 0
+    assert max(losses(folder)) == 2 * ((48 + 20) // 8)
+
+
+def test_a_run_goes_on_with_the_backend_it_began_with(beton: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    assert small_run(beton, folder, "--max-steps", "3") == 0
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["backend"] == "resident"
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"backend": "cpu"}, folder / "checkpoint.pt")
+    capsys.readouterr()
+    assert train("--out", folder, "--resume", "--max-steps", "6") == 0
+    assert "backend cpu" in capsys.readouterr().out
+    assert train("--out", folder, "--resume", "--backend", "resident", "--max-steps", "9") == 0
