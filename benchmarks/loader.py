@@ -1,195 +1,143 @@
-"""What a view costs the host: this loader, the floor beneath it, and the recipe everybody uses.
+"""What views cost the host: this loader, the floor beneath it, and the peers as their users run them.
 
-    python -m benchmarks.loader --data TRAIN.beton [--num-views 4] [--size 224] [--repeats 5] [--json FILE]
+    python -m benchmarks.loader --data TRAIN.beton [--num-views 1 2 4 8] [--workers 1 2] [--size 224] [--json FILE]
+    python -m benchmarks.loader --data TRAIN.beton --only floor cpu-crops cpu dali-full pil
 
-Contestants, interleaved within each repeat, on the same images in the same process, one thread each:
+Contestants are those of `benchmarks/contestants.py`, which says what each does and how to get the peers:
 
-    floor      libjpeg-turbo decode and K uint8 antialiased resizes by the same boxes, nothing else
-    crops      this loader's CPU backend up to the same point: order, draws, read, decode, crops
-    views      this loader to the end: normalised float views under SimSiam's augmentation
-    pil        the usual recipe to the same end: Pillow and torchvision transforms in a torch DataLoader
+    floor                 libjpeg-turbo's decode and K uint8 antialiased resizes by the same boxes, nothing else
+    cpu-crops, dali-crops, ffcv-crops, ...          our loader's backends to K uint8 crops: the host's work beside a GPU
+    cpu, dali, ffcv, resident, synthetic, ...       our loader to normalised float views on the device
+    pil, torchvision-v2, lightly, dali-full, ffcv-per-view      the peers to the same end
+    dali-full-crops, ffcv-per-view-crops                        those two, stopped at the crops
 
-The figure is CPU time of the whole process per view, which a busy machine disturbs far less than elapsed time.
+Each has a process of its own; all go through the same images, round after round, in turn. Columns: CPU time of the
+process and its workers per view; `x floor` in floors; `x ours` how many times the CPU time of our `cpu` (at the stage
+of the crops: of our `cpu-crops`); views per second of elapsed time; `first batch`, seconds from opening the data to
+the first batch, compilation included, imports not; `start`, the same with Python's start and all imports; peak
+resident memory, in which the file's pages count that are mapped, and torch's own 0.4 GB; with several --workers the
+`scaling` of views per second over the smallest number of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
-import platform
-import statistics
+import contextlib
+import itertools
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
-import torchvision
-import tyro
-from PIL import Image, ImageFilter
-from rich.console import Console
 from rich.table import Table
-from torchvision import transforms
 
-import loaders
-from fastssl.cli import run_command
-from loaders.backends.cpu import decode
-from loaders.beton import Reader
-from loaders.draw import draw
+from benchmarks.common import Config, Process, Report, Run, chosen, figure, interleave, main, ratio, shown, spread
+from benchmarks.contestants import Contestant, contestants
+from loaders.beton import MODE_JPEG, Reader
+from loaders.errors import UserError
 
-
-@dataclass(kw_only=True)
-class Config:
-    """CPU milliseconds per view: this loader, the floor and the usual recipe."""
-
-    data: Path
-    """Images (.beton); ImageNet originals say most."""
-    num_views: int = 4
-    """K: views per image."""
-    size: int = 224
-    """Side of the views, px."""
-    images: int = 192
-    """Images per repeat, at most."""
-    batch_size: int = 32
-    """Images per batch."""
-    repeats: int = 5
-    """Repeats; the table shows medians and spread."""
-    json: Path | None = None
-    """Write every single measurement to this file."""
+OURS = {"crops": "cpu-crops", "views": "cpu"}  # whom the column `x ours` compares with
 
 
-class PillowBlur:
-    """SimSiam's and MoCo v2's blur: Pillow's GaussianBlur with sigma from a range."""
+def measure(config: Config) -> Report:
+    """CPU time per view, views per second, first batch and memory: this loader, the floor and the peers."""
+    with Reader(config.data) as reader:
+        if (reader.mode[: config.images] != MODE_JPEG).any():
+            raise UserError(f"{config.data} holds raw images, which the peers cannot decode; use a file of JPEGs")
+    everybody = contestants()
+    names = chosen(everybody, config)
+    missing = {name: everybody[name].missing(torch.device(config.device)) for name in names}
+    report = Report([], [], {name: why for name, why in missing.items() if why})
+    names = [name for name in names if not missing[name]]
+    for num_views in config.num_views:
+        report.rows += _measure(config, num_views, [everybody[n] for n in names], report.skipped)
+        report.tables.append(table(config, num_views, [r for r in report.rows if r["num_views"] == num_views]))
+    return report
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
+
+def _measure(
+    config: Config, num_views: int, who: Sequence[Contestant], skipped: dict[str, str]
+) -> list[dict[str, Any]]:
+    """The rows of one K."""
+    with contextlib.ExitStack() as stack:
+        processes: dict[tuple[str, int], Process] = {}
+        for contestant, workers in itertools.product(who, config.workers):
+            arguments = (contestant.build, config, num_views, workers)
+            try:
+                process = stack.enter_context(Process(*arguments, modules=contestant.modules))
+            except UserError as error:  # a backend that cannot take this file
+                skipped[contestant.name] = str(error)
+                continue
+            processes[contestant.name, workers] = process
+        runs = interleave({key: p.run for key, p in processes.items()}, config.repeats, warm=True)
+        num = config.images // config.batch_size * config.batch_size * num_views
+        by_name = {c.name: c for c in who}
+        rows = []
+        for (name, workers), measured in runs.items():
+            process = processes[name, workers]
+            rows.append(
+                {
+                    "contestant": name,
+                    "whose": by_name[name].whose,
+                    "stage": by_name[name].stage,
+                    "num_views": num_views,
+                    "workers": workers,
+                    "first_batch_s": process.start.first_batch_s,
+                    "start_s": process.start.start_s,
+                    "peak_rss_mb": process.peak_rss_mb,
+                    **figures(measured, num),
+                }
+            )
+    compare(rows)
+    return rows
 
 
-class UsualDataset(torch.utils.data.Dataset):
-    """Decoded by Pillow once, transformed K times: what lightly, solo-learn and the papers' code do."""
+def figures(runs: Sequence[Run], num: int) -> dict[str, Any]:
+    """Per view, of rounds of `num` views."""
+    return {
+        "cpu_ms_per_view": figure([1000 * run.cpu_s / num for run in runs]),
+        "views_per_s": figure([num / run.elapsed_s for run in runs]),
+    }
 
-    def __init__(self, reader: Reader, num_views: int, size: int, num_images: int):
-        self.reader, self.num_views, self.num_images = reader, num_views, num_images
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
-                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                transforms.RandomGrayscale(p=0.2),
-                transforms.RandomApply([PillowBlur()], p=0.5),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(loaders.views.IMAGENET_MEAN, loaders.views.IMAGENET_STD),
-            ]
+
+def compare(rows: Sequence[dict[str, Any]]) -> None:
+    """Add to each row of one K: CPU time over the floor's and over ours with as many workers, and the scaling of
+    views per second over the same contestant with the fewest workers; None where there is nobody to compare with."""
+    find = {(row["contestant"], row["workers"]): row for row in rows}
+    fewest = min((row["workers"] for row in rows), default=1)
+    for row in rows:
+        name, workers = row["contestant"], row["workers"]
+        for column, other, metric in (
+            ("cpu_over_floor", find.get(("floor", workers)), "cpu_ms_per_view"),
+            ("cpu_over_ours", find.get((OURS[row["stage"]], workers)), "cpu_ms_per_view"),
+            ("scaling", find.get((name, fewest)) if workers > fewest else None, "views_per_s"),
+        ):
+            row[column] = ratio(row[metric]["values"], other[metric]["values"]) if other else None
+
+
+def table(config: Config, num_views: int, rows: Sequence[dict[str, Any]]) -> Table:
+    """One K for people."""
+    title = f"K = {num_views} views of {config.size} px on the {config.device}, {config.data.name}"
+    out = Table(title=title, title_justify="left")
+    several = len(config.workers) > 1
+    columns = ["contestant", "whose", "stage", *(["workers"] if several else [])]
+    for column in columns:
+        out.add_column(column, no_wrap=True)
+    numbers = ["CPU ms/view", "min-max", "x floor", "x ours", "views/s", "first batch s", "start s", "peak MB"]
+    for column in [*numbers, *(["scaling"] if several else [])]:
+        out.add_column(column, justify="right")
+    for row in rows:
+        out.add_row(
+            *(str(row[c]) for c in columns),
+            shown(row["cpu_ms_per_view"]),
+            spread(row["cpu_ms_per_view"]),
+            shown(row["cpu_over_floor"]),
+            shown(row["cpu_over_ours"]),
+            shown(row["views_per_s"]),
+            *(shown(row[c]) for c in ("first_batch_s", "start_s", "peak_rss_mb")),
+            *([shown(row["scaling"])] if several else []),
         )
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def __getitem__(self, index: int) -> list[torch.Tensor]:
-        image = Image.open(io.BytesIO(bytes(self.reader[index].jpeg))).convert("RGB")
-        return [self.transform(image) for _ in range(self.num_views)]
-
-
-def contestants(config: Config) -> tuple[dict[str, Callable[[int], None]], int]:
-    """Name -> a function that goes through the images once (given the epoch), and the number of images."""
-    reader = Reader(config.data)
-    num = min(config.images, len(reader)) // config.batch_size * config.batch_size
-    if num == 0:
-        raise loaders.UserError(
-            f"{config.data} holds fewer than {config.batch_size} images: use --batch-size {len(reader)}"
-        )
-    spec = loaders.views.simsiam(config.num_views, config.size)
-    index = np.arange(num)
-    crop = torch.empty(1, config.size, config.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    # Drawn beforehand: the floor only decodes and resizes.
-    fixed = draw(spec, seed=0, epoch=0, index_B=index, height_B=reader.height[index], width_B=reader.width[index])
-    boxes = [[d.box_B4[i].tolist() for d in fixed] for i in index]
-
-    def floor(_epoch: int) -> None:
-        for i in range(num):
-            image = decode(reader[i])[None]
-            for top, left, height, width in boxes[i]:
-                region = image[:, :, top : top + height, left : left + width]
-                torch._C._nn._upsample_bilinear2d_aa(region, (config.size, config.size), False, out=crop)
-
-    options = {"batch_size": config.batch_size, "order": "sequential", "subset": index, "workers": 1, "prefetch": 1}
-    views_loader = loaders.open(config.data, spec, **options)
-    crops_loader = loaders.open(config.data, spec, **options)
-    crops_loader.host_augment = False  # its batches are read as crops below, and never become views
-    crops_loader._finish = lambda _slot, job: job.crops
-
-    def through(loader: loaders.Loader) -> Callable[[int], None]:
-        def run(epoch: int) -> None:
-            for _batch in loader.epoch(epoch):
-                pass
-
-        return run
-
-    usual = UsualDataset(reader, config.num_views, config.size, num)
-
-    def pil(epoch: int) -> None:
-        torch.manual_seed(epoch)
-        # No worker processes: their pickling would only add to what this recipe costs.
-        for _batch in torch.utils.data.DataLoader(usual, config.batch_size):
-            pass
-
-    return {"floor": floor, "crops": through(crops_loader), "views": through(views_loader), "pil": pil}, num
-
-
-def measure(config: Config) -> dict[str, list[float]]:
-    """CPU ms per view, one number per repeat and contestant. The first round is not counted."""
-    torch.set_num_threads(1)
-    runs, num = contestants(config)
-    milliseconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(config.repeats + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            run(repeat)
-            if repeat:
-                spent = time.process_time() - start
-                milliseconds[name].append(1000 * spent / (num * config.num_views))
-    return milliseconds
-
-
-def show(console: Console, config: Config, milliseconds: dict[str, list[float]]) -> None:
-    """Medians, spread and ratios."""
-    table = Table(
-        title=f"CPU ms per view, K={config.num_views}, {config.size} px, {config.data.name}", title_justify="left"
-    )
-    for column in ("what", "median", "min", "max", "x floor", "x less than pil"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    median = {name: statistics.median(values) for name, values in milliseconds.items()}
-    for name, values in milliseconds.items():
-        floor = statistics.median(a / b for a, b in zip(values, milliseconds["floor"], strict=True))
-        pil = statistics.median(b / a for a, b in zip(values, milliseconds["pil"], strict=True))
-        row = [f"{median[name]:.3f}", f"{min(values):.3f}", f"{max(values):.3f}", f"{floor:.2f}", f"{pil:.2f}"]
-        table.add_row(name, *row)
-    console.print(table)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status."""
-
-    def command(arguments: list[str]) -> int:
-        config = tyro.cli(Config, prog="python -m benchmarks.loader", args=arguments)
-        milliseconds = measure(config)
-        show(Console(), config, milliseconds)
-        if config.json is not None:
-            about = {
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "machine": platform.processor(),
-            }
-            options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-            text = json.dumps({"options": options, "about": about, "cpu_ms_per_view": milliseconds}, indent=1)
-            config.json.write_text(text + "\n", encoding="utf-8")
-        return 0
-
-    return run_command("benchmarks.loader", command, argv)
+    return out
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("loader", Config, measure))

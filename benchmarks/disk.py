@@ -1,0 +1,188 @@
+"""The orders of samples: how well they mix, and how fast a cold disk serves them.
+
+    python -m benchmarks.disk --data TRAIN.beton [--page-windows 16 64 256] [--images 4096] [--repeats 5] [--json FILE]
+
+Mixing: the entropy of the labels in a batch, in bits, on the file as it is and on a file like ImageNet (1.28 million
+images of 110 KB sorted by class), against an order that is random throughout. A class-sorted file read in its own order
+has 0 bits: batches of one class.
+
+Disk: the bytes of so many images are read with the system's cache of the file dropped before, by as many threads as the
+loader would decode with and nothing else: random and page order, with the loader's reading ahead and without it, and in
+file order. On a disk whose own host caches it, these figures say little about other disks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import itertools
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from benchmarks.common import Config as Common
+from benchmarks.common import Report, Run, chosen, figure, interleave, main, ratio, shown, spread, timed
+from loaders.beton import Reader
+from loaders.errors import UserError
+from loaders.order import page_order, random_order, sequential
+from loaders.read_ahead import ReadAhead
+
+CONTESTANTS = ("random", "random, no read-ahead", "page", "page, no read-ahead", "sequential")
+
+
+@dataclass(kw_only=True)
+class Config(Common):
+    """How well orders mix and how fast a cold disk serves them."""
+
+    images: int = 4096
+    """Images read per round."""
+    workers: tuple[int, ...] = (4,)
+    """Threads that read."""
+    page_windows: tuple[int, ...] = (16, 64, 256)
+    """Pages shuffled together; the disk is measured with the first one."""
+
+
+# --- Mixing -----------------------------------------------------------------------------------------------------------
+
+
+def batch_entropy(batches: Iterable[np.ndarray], label_N: np.ndarray) -> float:
+    """Mean entropy of the labels in a batch, bits."""
+
+    def entropy(labels: np.ndarray) -> float:
+        share = np.unique(labels, return_counts=True)[1] / len(labels)
+        return float(-(share * np.log2(share)).sum())
+
+    return float(np.mean([entropy(label_N[batch]) for batch in batches]))
+
+
+def imagenet_like(num_classes: int = 1000, per_class: int = 1281, per_page: int = 76) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and page numbers of a file of ImageNet's size, sorted by class: 8 MiB pages of 110 KB images."""
+    label_N = np.repeat(np.arange(num_classes), per_class)
+    return label_N, np.arange(len(label_N)) // per_page
+
+
+def mixing(config: Config) -> tuple[list[dict], Table]:
+    """Entropy per batch for each order, on the file and on one like ImageNet."""
+    with Reader(config.data) as reader:
+        files = {config.data.name: (reader.label, reader.page), "like ImageNet": imagenet_like()}
+    table = Table(title=f"class entropy of a batch of {config.batch_size}, bits", title_justify="left")
+    table.add_column("order")
+    columns = []
+    for name, (label_N, page_N) in files.items():
+        table.add_column(name, justify="right")
+        by_class = np.argsort(label_N, kind="stable")  # what a folder's converter writes without --shuffle
+        label_N, n = label_N[by_class], len(label_N)
+        options = {"batch_size": config.batch_size, "seed": 0, "epoch": 0}
+        orders = {"random": random_order(n, **options)}
+        orders |= {f"page, window {w}": page_order(page_N, window=w, **options) for w in config.page_windows}
+        orders["file order, sorted by class"] = sequential(n, config.batch_size)
+        some = 2000  # batches say enough
+        columns.append({k: batch_entropy(itertools.islice(o, some), label_N) for k, o in orders.items()})
+    rows = []
+    for order in columns[0]:
+        values = [c[order] for c in columns]
+        table.add_row(order, *(f"{v:.2f}" for v in values))
+        rows.append({"order": order, "entropy_bits": dict(zip(files, values, strict=True))})
+    return rows, table
+
+
+# --- Disk -------------------------------------------------------------------------------------------------------------
+
+
+def drop_cache(path: Path) -> None:
+    """Make the system forget what it has of a file that nobody has mapped."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def cached_share(path: Path) -> float:
+    """The part of a file that lies in the system's cache."""
+    size = path.stat().st_size
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as view:
+        pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        address = np.frombuffer(view, np.uint8)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mincore(
+            ctypes.c_void_p(address.ctypes.data), ctypes.c_size_t(size), pages.ctypes.data_as(ctypes.c_char_p)
+        ):
+            raise OSError(ctypes.get_errno(), "mincore")
+        del address
+    return float((pages & 1).mean())
+
+
+def batches_of(name: str, reader: Reader, config: Config, epoch: int) -> Iterator[np.ndarray]:
+    """The ids that a contestant reads in one round."""
+    options = {"batch_size": config.batch_size, "seed": 0, "epoch": epoch}
+    if name.startswith("random"):
+        batches = random_order(len(reader), **options)
+    elif name.startswith("page"):
+        batches = page_order(reader.page, window=config.page_windows[0], **options)
+    else:
+        batches = sequential(len(reader), config.batch_size)
+    return itertools.islice(batches, config.images // config.batch_size)
+
+
+def read(name: str, config: Config, epoch: int) -> None:
+    """Copy the bytes of one round's images out of the file, as the loader's threads do it."""
+    with Reader(config.data) as reader, ThreadPoolExecutor(config.workers[0]) as pool:
+        work = ((None, batch) for batch in batches_of(name, reader, config, epoch))
+        options = {"batch_size": config.batch_size, "page_window": config.page_windows[0]}
+        ahead = ReadAhead(reader, name, **options) if name in ("random", "page") else None
+        for _, batch in ahead.through(work) if ahead else work:
+            list(pool.map(lambda i: np.array(reader[i].jpeg), batch.tolist()))
+        if ahead:
+            ahead.close()
+
+
+def cold(name: str, config: Config) -> Callable[[int], Run]:
+    """A contestant whose rounds begin with a cold cache; dropping it is not timed."""
+    run = timed(lambda epoch: read(name, config, epoch))
+
+    def dropped(epoch: int) -> Run:
+        drop_cache(config.data)
+        return run(epoch)
+
+    return dropped
+
+
+def measure(config: Config) -> Report:
+    """How well the orders mix and how fast a cold disk serves them."""
+    if not config.page_windows or min(config.page_windows) < 1:
+        raise UserError("--page-windows needs values of 1 or more")
+    rows, mixed = mixing(config)
+    with Reader(config.data) as reader:
+        config = dataclasses.replace(config, images=min(config.images, len(reader)))
+        mb_per_image = float(reader.size.mean()) / 1e6
+    drop_cache(config.data)
+    left = cached_share(config.data)
+    names = chosen(CONTESTANTS, config)
+    runs = interleave({name: cold(name, config) for name in names}, config.repeats, warm=True)
+    table = Table(
+        title=f"cold reads of {config.data.name}, {config.workers[0]} threads, {mb_per_image * 1000:.0f} KB per image "
+        f"({100 * left:.0f} % still cached after dropping)",
+        title_justify="left",
+    )
+    for column in ("order", "images/s", "spread", "MB/s", "x random, no read-ahead"):
+        table.add_column(column, justify="left" if column == "order" else "right")
+    rates = {n: [config.images / r.elapsed_s for r in runs[n]] for n in names}
+    for name, values in rates.items():
+        value = figure(values)
+        gain = ratio(values, rates[CONTESTANTS[1]]) if CONTESTANTS[1] in rates else None
+        table.add_row(name, shown(value), spread(value), f"{value['median'] * mb_per_image:.0f}", shown(gain))
+        rows.append({"order": name, "cold_images_per_s": value, "of_random_without_read_ahead": gain})
+    return Report(rows, [mixed, table], about={"cached_after_dropping": left, "mb_per_image": mb_per_image})
+
+
+if __name__ == "__main__":
+    sys.exit(main("disk", Config, measure))
