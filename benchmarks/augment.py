@@ -43,7 +43,7 @@ from benchmarks import common
 from benchmarks.common import Report, Run, chosen, figure, interleave, not_installed, ratio, shown, spread, timed_on
 from benchmarks.contestants import backend_crops
 from loaders import views
-from loaders.augment import DeviceAugment, augment, augment_rows, to_tensors
+from loaders.augment import DeviceAugment, augment, augment_rows, plan, to_tensors
 from loaders.draw import Draws, draw
 from loaders.errors import UserError, unknown
 from loaders.views import View, ViewSpec
@@ -176,7 +176,7 @@ def rows(work: Work) -> Function:
 
     def step(crops: list[torch.Tensor], draws: list[Draws]) -> list[torch.Tensor]:
         for crop, drawn, out in zip(crops, draws, outs, strict=True):
-            augment_rows(crop, drawn, work.view, MEAN, STD, range(len(crop)), out)
+            augment_rows(crop, plan(drawn, work.view), work.view, MEAN, STD, range(len(crop)), out)
         return outs
 
     return work.through(step)

@@ -24,6 +24,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -115,11 +116,16 @@ def _hue_mix(hue_B: np.ndarray) -> np.ndarray:
     return np.column_stack((np.take_along_axis(weights_B3, turned, axis=1), 1 - np.abs(d_B)))
 
 
-def _gaussian(sigma_B: np.ndarray, radius: int) -> np.ndarray:
-    """Weights at distance 0..radius of a Gaussian that sums to 1 over both sides [B, radius + 1]; sigma 0: no blur."""
-    distance = np.arange(radius + 1)
+def _radius(sigma_B: np.ndarray, largest: int) -> np.ndarray:
+    """Where each Gaussian ends, pixels [B]: beyond 3.5 sigma lies 0.05 % of it."""
+    return np.minimum(largest, np.ceil(3.5 * sigma_B)).astype(int)
+
+
+def _gaussian(sigma_B: np.ndarray, largest: int) -> np.ndarray:
+    """Weights at distance 0..largest of Gaussians that sum to 1 over both sides [B, largest + 1]; sigma 0: no blur."""
+    distance = np.arange(largest + 1)
     sigma_B1 = np.maximum(sigma_B.astype(np.float64), 1e-3)[:, None]  # exp(-1 / 2e-6) is 0 already
-    weights_BR = np.exp(-0.5 * (distance / sigma_B1) ** 2)
+    weights_BR = np.exp(-0.5 * (distance / sigma_B1) ** 2) * (distance <= _radius(sigma_B, largest)[:, None])
     return weights_BR / (2 * weights_BR.sum(axis=1, keepdims=True) - weights_BR[:, :1])
 
 
@@ -270,9 +276,42 @@ _ALONE_BELOW = 128  # px
 _alone = threading.Lock()
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is done to one image for one view. None or False: left out."""
+
+    flip: bool
+    jitter: tuple[list[int], list[float], list[float]] | None  # order, factors, weights of the hue
+    gray: bool
+    kernel: np.ndarray | None  # weights from the centre outwards
+    solarize: bool
+
+
+def plan(draws: Draws, view: View) -> list[Step]:
+    """The draws of a batch as `augment_rows` wants them; made once per batch: for a single image it costs 0.1 ms."""
+    hue_mix_B4 = _hue_mix(draws.factor_B4[:, HUE].astype(np.float64))
+    jitters = zip(draws.order_B4.tolist(), draws.factor_B4.tolist(), hue_mix_B4.tolist(), strict=True)
+    # Short kernels are faster: a blur takes time in proportion to 8 + R.
+    radii = _radius(draws.sigma_B, view.blur_radius).tolist()
+    weights_BR = _gaussian(draws.sigma_B, view.blur_radius)
+    kernels = [weights_R[: r + 1] if r > 0 else None for weights_R, r in zip(weights_BR, radii, strict=True)]
+    return [
+        Step(flip, jitter if jittered else None, gray, kernel, solarize)
+        for flip, jittered, jitter, gray, kernel, solarize in zip(
+            draws.flip_B.tolist(),
+            draws.jitter_B.tolist(),
+            jitters,
+            draws.gray_B.tolist(),
+            kernels,
+            draws.solarize_B.tolist(),
+            strict=True,
+        )
+    ]
+
+
 def augment_rows(
     crops_B3SS: torch.Tensor,
-    draws: Draws,
+    steps: Sequence[Step],
     view: View,
     mean: Sequence[float],
     std: Sequence[float],
@@ -282,28 +321,26 @@ def augment_rows(
 ) -> None:
     """Write the normalised views of `rows` into `out_B3SS` (any float dtype), on the CPU, in the calling thread.
 
-    With `tiles_P3ss` [n*n*B, 3, S/n, S/n] the tiles of each view go there, in the order of `divide`, while it is in
-    cache. What is written depends on the row alone, not on which rows come together or which thread does it.
+    `steps` is the batch's `plan`. With `tiles_P3ss` [n*n*B, 3, S/n, S/n] the tiles of each view go there, in the order
+    of `divide`, while it is in cache. What is written depends on the row alone, not on which rows come together or
+    which thread does it.
     """
-    rows = list(rows)
     if tiles_P3ss is not None:
         n = view.size // tiles_P3ss.shape[-1]
         cut_views = _cut(out_B3SS, n)
         cut_tiles = tiles_P3ss.permute(0, 2, 3, 1).unflatten(0, (n, n, -1))
-    image = _image_of_this_thread(view.size, view.blur_radius)
-    jitter, order, factor = draws.jitter_B[rows], draws.order_B4[rows].tolist(), draws.factor_B4[rows].tolist()
-    hue_mix = _hue_mix(draws.factor_B4[rows, HUE].astype(np.float64)).tolist()
-    kernel = _gaussian(draws.sigma_B[rows], view.blur_radius)
+    image = _image_of_this_thread(view.size)
     with _alone if view.size < _ALONE_BELOW else contextlib.nullcontext():
-        for i, row in enumerate(rows):
-            image.load(crops_B3SS[row], flip=draws.flip_B[row])
-            if jitter[i]:
-                image.jitter(order[i], factor[i], hue_mix[i])
-            if draws.gray_B[row]:
+        for row in rows:
+            step = steps[row]
+            image.load(crops_B3SS[row], step.flip)
+            if step.jitter is not None:
+                image.jitter(*step.jitter)
+            if step.gray:
                 image.gray()
-            if draws.sigma_B[row] > 0:
-                image.blur(kernel[i])
-            if draws.solarize_B[row]:
+            if step.kernel is not None:
+                image.blur(step.kernel)
+            if step.solarize:
                 image.solarize()
             image.store(out_B3SS[row], mean, std)
             if tiles_P3ss is not None:
@@ -313,11 +350,11 @@ def augment_rows(
 _local = threading.local()
 
 
-def _image_of_this_thread(size: int, radius: int) -> _Image:
+def _image_of_this_thread(size: int) -> _Image:
     images = _local.__dict__.setdefault("images", {})
-    if (size, radius) not in images:
-        images[size, radius] = _Image(size, radius)
-    return images[size, radius]
+    if size not in images:
+        images[size] = _Image(size)
+    return images[size]
 
 
 class _Image:
@@ -328,10 +365,9 @@ class _Image:
     over the pixels are never made. A gray image has one plane.
     """
 
-    _TILE = 16  # outputs per row of a blur block: one AVX-512 register of floats; 8, 28 and 32 are slower
     _SMALLEST_SCALE = 1e-6  # below it the stored values are replaced, so that nothing divides by zero
 
-    def __init__(self, size: int, radius: int):
+    def __init__(self, size: int):
         S = size
         self.bytes = torch.empty(3, S, S, dtype=torch.uint8)
         # Hue goes from one set of planes to the other; both are sliced once, because slicing costs a microsecond.
@@ -340,8 +376,7 @@ class _Image:
         self.interleaved = torch.empty(S, S, 3).permute(2, 0, 1)
         self.constant = np.zeros(3, dtype=np.float32)
         self.constant_0d = list(torch.from_numpy(self.constant))
-        if radius > 0:
-            self._allocate_blur(S, radius)
+        self.blurs: dict[int, _Blur] = {}  # by radius
 
     def load(self, crop_3SS: torch.Tensor, flip: bool) -> None:
         self.bytes.copy_(crop_3SS)
@@ -393,19 +428,10 @@ class _Image:
         self.offset *= sum(GRAY)
 
     def blur(self, weights_R: np.ndarray) -> None:
-        """Two passes of small matrix products, 16 outputs from 16 + 2R inputs, over rows and then over columns."""
-        C = self.pixels.shape[0]  # len() of a tensor takes 3 us
-        self.band[:] = np.concatenate((weights_R[:0:-1], weights_R))
-        self.wide[:C].copy_(self.pixels)
-        for edge, mirrored in self.wide_edges:
-            np.copyto(edge[:C], mirrored[:C])
-        for blocks, outputs in self.over_rows[:C]:
-            torch.bmm(blocks, self.matrix_columns, out=outputs)
-        for edge, mirrored in self.tall_edges:
-            np.copyto(edge[:C], mirrored[:C])
-        for blocks, outputs in self.over_columns[:C]:
-            torch.bmm(self.matrix_rows, blocks, out=outputs)
-        self.pixels = self.blurred[:C]
+        radius = len(weights_R) - 1
+        if radius not in self.blurs:
+            self.blurs[radius] = _Blur(self.bytes.shape[-1], radius)
+        self.pixels = self.blurs[radius](self.pixels, weights_R)
 
     def solarize(self) -> None:
         """x -> 1 - x from the threshold on: (1 - 2 step) x + step, where the step is 0 or 1."""
@@ -439,11 +465,18 @@ class _Image:
         r, g, b = self.planes
         return torch.mul(r, GRAY[0], out=self.sum).add_(g, alpha=GRAY[1]).add_(b, alpha=GRAY[2])
 
-    def _allocate_blur(self, S: int, R: int) -> None:
-        """Buffers and all views of them that `blur` uses.
 
-        The side is filled up to whole blocks; what lies there is finite and meets only weights of zero.
-        """
+class _Blur:
+    """Gaussian blur of planes [C, S, S] by two passes of small matrix products, 16 outputs from 16 + 2R inputs: over
+    rows and then over columns.
+
+    Buffers, and all views of them that are used, are made once. The side is filled up to whole blocks; what lies there
+    is finite and meets only weights of zero.
+    """
+
+    _TILE = 16  # outputs per row of a block: one AVX-512 register of floats; 8, 28 and 32 are slower
+
+    def __init__(self, S: int, R: int):
         n = self._TILE
         num = -(-S // n)
         filled = num * n
@@ -474,6 +507,21 @@ class _Image:
             (t[:, :S].unfold(0, n + 2 * R, n).transpose(1, 2), d.view(num, n, S))
             for t, d in zip(tall, done, strict=True)
         ]
+
+    def __call__(self, pixels_CSS: torch.Tensor, weights_R: np.ndarray) -> torch.Tensor:
+        """The blurred planes, which are valid until the next call."""
+        C = len(pixels_CSS)
+        self.band[:] = np.concatenate((weights_R[:0:-1], weights_R))
+        self.wide[:C].copy_(pixels_CSS)
+        for edge, mirrored in self.wide_edges:
+            np.copyto(edge[:C], mirrored[:C])
+        for blocks, outputs in self.over_rows[:C]:
+            torch.bmm(blocks, self.matrix_columns, out=outputs)
+        for edge, mirrored in self.tall_edges:
+            np.copyto(edge[:C], mirrored[:C])
+        for blocks, outputs in self.over_columns[:C]:
+            torch.bmm(self.matrix_rows, blocks, out=outputs)
+        return self.blurred[:C]
 
     @staticmethod
     def _mirrors(x: np.ndarray, S: int, R: int) -> list[tuple[np.ndarray, np.ndarray]]:

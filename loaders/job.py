@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import torch
 
-from loaders.augment import augment_rows
+from loaders.augment import Step, augment_rows, plan
 from loaders.beton import Reader
 from loaders.dataset import Readers
 from loaders.draw import Draws, draw
@@ -51,13 +51,21 @@ class Job:
     on_bad_sample: str = "raise"
     views: list[torch.Tensor] | None = None
     tiles: list[torch.Tensor] | None = None
+    plans: list[list[Step]] | None = None  # for each view
 
     def augment_rows(self, rows: range) -> None:
         """Finished rows of crops -> views and tiles; nothing where augmentation runs on the device."""
-        for k, out in enumerate(self.views or ()):
+        if self.views is None:
+            return
+        plans = self.plans or self.plan()
+        for k, (view, out) in enumerate(zip(self.spec.views, self.views, strict=True)):
             tiles = self.tiles[k] if self.tiles else None
-            spec, view = self.spec, self.spec.views[k]
-            augment_rows(self.crops[k], self.draws[k], view, spec.mean, spec.std, rows, out, tiles)
+            augment_rows(self.crops[k], plans[k], view, self.spec.mean, self.spec.std, rows, out, tiles)
+
+    def plan(self) -> list[list[Step]]:
+        """What augmentation does to each row; to be asked for before threads need it, and anew after a replacement."""
+        self.plans = [plan(draws, view) for draws, view in zip(self.draws, self.spec.views, strict=True)]
+        return self.plans
 
     def replace(self, row: int, bad: BadSample) -> None:
         """Put the next sample of the file, with its own draws, in the place of a broken one, or raise `bad`.
@@ -87,3 +95,4 @@ class Job:
         for ours, theirs in zip(self.draws, new, strict=True):
             for field in dataclasses.fields(Draws):
                 getattr(ours, field.name)[row] = getattr(theirs, field.name)[0]
+        self.plans = None

@@ -223,6 +223,7 @@ class Loader:
         )
         if self.host_augment:
             job.views, job.tiles = self._outputs(slot, num)
+            job.plan()
         return job
 
     def _finish(self, slot: _Slot, job: Job) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
