@@ -136,7 +136,7 @@ def floor(config: Config, num_views: int, workers: int) -> Batches:
 
     def part(rows: range, worker: int) -> None:
         for row in rows:
-            image = decode(reader[index[row]])[None]
+            image = torch.from_numpy(decode(reader[index[row]])).permute(2, 0, 1)[None]
             for box, crop in zip(boxes, crops, strict=True):
                 top, left, height, width = box[row]
                 region = image[:, :, top : top + height, left : left + width]

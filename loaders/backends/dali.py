@@ -42,7 +42,7 @@ def encoded(sample: Sample, *, as_pixels: bool = False) -> np.ndarray:
     if sample.mode == MODE_RAW:
         pixels = sample.jpeg
     elif as_pixels:
-        pixels = decode(sample).permute(1, 2, 0).reshape(-1).numpy()
+        pixels = decode(sample).reshape(-1)
     else:
         return sample.jpeg
     header = f"P6 {sample.width} {sample.height} 255\n".encode()

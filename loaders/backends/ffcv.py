@@ -66,15 +66,15 @@ class Backend(cpu.Backend):
         self.imdecode = _imdecode()
         super().__init__(reader, spec, batch_size=batch_size, device=device, workers=workers, stats=stats)
 
-    def decode(self, blob: torch.Tensor, sample: Sample) -> torch.Tensor:
-        """As `cpu.decode_blob`, errors included, with FFCV's pixels."""
-        data, height, width = blob.numpy(), sample.height, sample.width
+    def decode(self, sample: Sample) -> np.ndarray:
+        """As `cpu.decode`, errors included, with FFCV's pixels."""
+        data, height, width = sample.jpeg, sample.height, sample.width
         head = jpeg_head(data.tobytes()) if sample.mode == MODE_JPEG else None
         # FFCV would scale a picture of another size than the record's, without a word.
         if head is not None and (head.height, head.width) == (height, width):
             image_HW3 = np.empty((height, width, 3), np.uint8)
             if self.imdecode(data, image_HW3, height, width, height, width) == 0:
-                return torch.from_numpy(image_HW3).permute(2, 0, 1)
+                return image_HW3
         # Raw pixels, or TurboJPEG objects. It does so for less than the CPU backend (bytes between segments, CMYK),
         # whose word counts, so that a sample is broken for both or for neither.
-        return cpu.decode_blob(blob, sample)
+        return cpu.decode(sample)

@@ -103,12 +103,12 @@ class Backend(cpu.Backend):
 
     def _decode_into(self, index: int, target_P3: torch.Tensor, begin: int) -> None:
         try:
-            image_3HW = cpu.decode(self.reader[index])
+            image_HW3 = cpu.decode(self.reader[index])
         except ValueError as error:
             self.bad[index] = str(error)
             return
         start, end = int(self.start_N[index]) - begin, int(self.start_N[index + 1]) - begin
-        target_P3[start:end].view(*image_3HW.shape[1:], 3).copy_(image_3HW.permute(1, 2, 0))
+        target_P3[start:end].numpy()[:] = image_HW3.reshape(-1, 3)
 
     def start(self, job: Job) -> cpu.Futures | Launched:
         if self.device.type == "cpu":
