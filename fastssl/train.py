@@ -210,6 +210,7 @@ class Trainer:
     def _log(self, metrics: dict[str, torch.Tensor]) -> None:
         """The one place in the loop that waits for the device."""
         loss = self._finite_loss()
+        self.clock.take()  # the device is at rest; an epoch's events would be tens of thousands
         now, stats = time.perf_counter(), self.loader.stats.snapshot()
         seconds = now - self.mark
         steps = self.step - self.marked_step

@@ -357,9 +357,10 @@ def test_two_processes_see_the_order_of_one(beton: Path, tmp_path: Path) -> None
         "from fastssl import train\n"
         "seen, step = [], train.Trainer._train_step\n"
         "def probe(self, batch):\n"
-        "    step(self, batch)\n"
+        "    metrics = step(self, batch)\n"
         "    weight = self.method.projector[0].weight.double().sum().item()\n"
         "    seen.append((batch.index.tolist(), weight))\n"
+        "    return metrics\n"
         "train.Trainer._train_step = probe\n"
         "status = train.main(sys.argv[1:])\n"
         "json.dump(seen, open(os.path.join(os.path.dirname(__file__), os.environ.get('RANK', 'one') + '.json'), 'w'))\n"
@@ -410,7 +411,7 @@ def test_no_step_waits_for_the_gpu(beton: Path, tmp_path: Path, monkeypatch: pyt
     def checked(self, batch):
         torch.cuda.set_sync_debug_mode("error" if self.step >= 2 else "default")  # the first steps compile
         try:
-            step(self, batch)
+            return step(self, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
