@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastssl.log import duration
+
 HOST_STAGES = ("read", "decode", "crop", "augment")
 
 
@@ -83,7 +85,7 @@ class Report:
         if self.next_limit is not None:
             meaning += f"; next: {self.next_limit} ({_rate(self.capacity[self.next_limit])} images/s)"
         if seconds_to_go is not None:
-            meaning += f"; {seconds_to_go / 3600:.3g} h to go"
+            meaning += f"; {duration(seconds_to_go)} to go"
         return [f"ms per image: {stages}", meaning]
 
 

@@ -58,7 +58,7 @@ def test_the_lines_name_stages_limit_and_hours() -> None:
         "ms per image: read 1.00  decode 12.00  crop 8.00  copy 0.500  GPU augment 2.00  network 90.00  wait 3.00"
     )
     assert meaning == (
-        "limit: the network (11.1 images/s alone); next: the loader's 3 threads (143 images/s); 2 h to go"
+        "limit: the network (11.1 images/s alone); next: the loader's 3 threads (143 images/s); 2h00m to go"
     )
 
 

@@ -435,7 +435,7 @@ def test_every_epoch_says_where_its_time_went(finished: Path, beton: Path, tmp_p
         assert entry["ms_per_image"]["network"] > 0 and entry["limit"] in entry["capacity"]
     assert small_run(beton, tmp_path / "run", "--backend", "cpu") == 0
     out = capsys.readouterr().out
-    assert "ms per image: read" in out and "limit: the network" in out and "h to go" in out and "backend cpu" in out
+    assert "ms per image: read" in out and "limit: the network" in out and " to go" in out and "backend cpu" in out
 
 
 def test_several_files_are_one_data_set_and_page_order_trains(beton: Path, val_beton: Path, tmp_path: Path) -> None:
