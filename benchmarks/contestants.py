@@ -51,7 +51,7 @@ from loaders.backends.cpu import decode
 from loaders.beton import TYPE_IMAGE, Reader
 from loaders.dataset import open_data
 from loaders.draw import draw
-from loaders.job import Job
+from loaders.job import Job, empty_images
 from loaders.stats import Stats
 
 MEAN, STD = loaders.views.IMAGENET_MEAN, loaders.views.IMAGENET_STD
@@ -132,7 +132,7 @@ def floor(config: Config, num_views: int, workers: int) -> Batches:
     index = indices(config, reader)
     sides = {"height_B": reader.height[index], "width_B": reader.width[index]}
     boxes = [d.box_B4.tolist() for d in draw(spec, seed=0, epoch=0, index_B=index, **sides)]
-    crops = [_empty(config, workers) for _ in range(num_views)]
+    crops = [empty_images(workers, config.size, torch.uint8) for _ in range(num_views)]
 
     def part(rows: range, worker: int) -> None:
         for row in rows:
@@ -160,11 +160,6 @@ def floor(config: Config, num_views: int, workers: int) -> Batches:
     return round_
 
 
-def _empty(config: Config, batch_size: int, device: torch.device | None = None, pin: bool = False) -> torch.Tensor:
-    flat = torch.empty(batch_size, config.size, config.size, 3, dtype=torch.uint8, device=device, pin_memory=pin)
-    return flat.permute(0, 3, 1, 2)
-
-
 def backend_crops(name: str, config: Config, num_views: int, workers: int) -> Batches:
     """A backend of ours up to uint8 crops, with the order and the draws: what the host pays beside a GPU."""
     torch.set_num_threads(1)
@@ -176,20 +171,14 @@ def backend_crops(name: str, config: Config, num_views: int, workers: int) -> Ba
     ring: list[list[torch.Tensor]] = [[] for _ in range(AHEAD + 1)]
     if not getattr(backend, "owns_crops", False):
         pin = device.type == "cuda" and backend.device.type == "cpu"
-        ring = [[_empty(config, config.batch_size, backend.device, pin) for _ in range(num_views)] for _ in ring]
+        shape = config.batch_size, config.size, torch.uint8, backend.device
+        ring = [[empty_images(*shape, pin=pin) for _ in range(num_views)] for _ in ring]
     batches = indices(config, reader).reshape(-1, config.batch_size)
-
-    def job(number: int, step: int) -> Job:
-        index_B = batches[step].copy()
-        label_B = np.array(reader.label[index_B])
-        sides = {"height_B": reader.height[index_B], "width_B": reader.width[index_B]}
-        draws = draw(spec, seed=0, epoch=number, index_B=index_B, **sides)
-        return Job(reader, spec, 0, number, index_B, label_B, draws, list(ring[step % len(ring)]), stats)
 
     def round_(number: int) -> Iterator[list[torch.Tensor]]:
         under_way: deque = deque()
         for step in range(len(batches)):
-            new = job(number, step)
+            new = Job.drawn(reader, spec, batches[step], ring[step % len(ring)], stats, epoch=number)
             under_way.append((backend.start(new), new))
             if len(under_way) == AHEAD:
                 yield _crops_of(*under_way.popleft())

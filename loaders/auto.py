@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import platform
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
-import numpy as np
 import torch
 
 from loaders import backends
 from loaders.backends import resident
 from loaders.beton import Reader, sidecar_path
 from loaders.dataset import Readers
-from loaders.draw import draw
 from loaders.errors import UserError
-from loaders.job import Job
+from loaders.job import Job, empty_images
 from loaders.order import random_order
 from loaders.stats import Stats
 from loaders.views import ViewSpec
@@ -38,6 +39,7 @@ SECONDS = 1.0  # of measuring per backend
 MARGIN = 1.2  # so much faster must another backend be than the CPU's to be worth the GPU's time
 FILL_SECONDS = 60.0  # decoding everything beforehand may take so long
 SMALL = 64 << 20  # bytes: below, filling takes less time than measuring
+_UNDER_WAY = 4  # batches at a time, the loader's default
 _KEPT = 16  # machines remembered per file
 
 
@@ -124,20 +126,18 @@ def measure(
     options = {"batch_size": batch_size, "device": device, "workers": workers, "stats": stats}
     backend = backends.load(name, device)(reader, spec, **options)
     try:
-        jobs = _jobs(reader, spec, batch_size, stats, backend)
-        backend.start(first := next(jobs)).wait()
-        under_way, images = deque(), 0
+        jobs = _jobs(reader, spec, batch_size, device, backend, stats)
+        backend.start(next(jobs)).wait()
+        under_way: deque[backends.Pending] = deque()
+        images = 0
         started, cpu = time.perf_counter(), time.process_time()
-        for job in jobs:
-            under_way.append((backend.start(job), job))
-            if len(under_way) == 3:
-                under_way.popleft()[0].wait()
-                images += len(first.index_B)
-            if time.perf_counter() - started > seconds:
-                break
-        for pending, _ in under_way:
+        while time.perf_counter() - started < seconds or not images:
+            under_way.append(backend.start(next(jobs)))
+            images += batch_size
+            if len(under_way) == _UNDER_WAY:
+                under_way.popleft().wait()
+        for pending in under_way:
             pending.wait()
-            images += len(first.index_B)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return Rate(images / (time.perf_counter() - started), 1000 * (time.process_time() - cpu) / images)
@@ -145,23 +145,23 @@ def measure(
         backend.close()
 
 
-def _jobs(reader, spec: ViewSpec, batch_size: int, stats: Stats, backend):
+def _jobs(
+    reader: Reader | Readers,
+    spec: ViewSpec,
+    batch_size: int,
+    device: torch.device,
+    backend: backends.Backend,
+    stats: Stats,
+) -> Iterator[Job]:
     """Endless random batches."""
-    pin = backend.device.type == "cpu" and torch.cuda.is_available()
-    ring = [
-        [torch.empty(batch_size, s, s, 3, dtype=torch.uint8, pin_memory=pin).to(backend.device).permute(0, 3, 1, 2)
-         for s in spec.sizes]
-        for _ in range(4)
-    ]  # fmt: skip
-    epoch = 0
-    while True:
-        for step, index_B in enumerate(random_order(len(reader), batch_size=batch_size, seed=0, epoch=epoch)):
-            sides = {"height_B": reader.height[index_B], "width_B": reader.width[index_B]}
-            draws = draw(spec, seed=0, epoch=epoch, index_B=index_B, **sides)
-            crops = [] if getattr(backend, "owns_crops", False) else ring[step % 4]
-            label_B = np.array(reader.label[index_B])
-            yield Job(reader, spec, 0, epoch, index_B, label_B, draws, list(crops), stats, on_bad_sample="skip")
-        epoch += 1
+    ring: list[list[torch.Tensor]] = [[] for _ in range(_UNDER_WAY)]
+    if not getattr(backend, "owns_crops", False):
+        pin = device.type == "cuda" and backend.device.type == "cpu"
+        ring = [[empty_images(batch_size, s, torch.uint8, backend.device, pin=pin) for s in spec.sizes] for _ in ring]
+    crops = itertools.cycle(ring)
+    for epoch in itertools.count():
+        for index_B in random_order(len(reader), batch_size=batch_size, seed=0, epoch=epoch):
+            yield Job.drawn(reader, spec, index_B, next(crops), stats, epoch=epoch, on_bad_sample="skip")
 
 
 def _key(reader: Reader | Readers, spec: ViewSpec, device: torch.device, workers: int) -> str:
@@ -177,7 +177,7 @@ def _key(reader: Reader | Readers, spec: ViewSpec, device: torch.device, workers
     return f"{files} | {sizes} px | {host} | {name} | {workers} threads | {', '.join(versions)}"
 
 
-def _load(path) -> dict:
+def _load(path: Path) -> dict:
     """What is remembered; nothing where the file is absent or not ours."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -186,7 +186,7 @@ def _load(path) -> dict:
         return {}
 
 
-def _save(path, known: dict) -> None:
+def _save(path: Path, known: dict) -> None:
     """Remember, where the folder can be written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with contextlib.suppress(OSError):

@@ -28,9 +28,8 @@ from loaders.augment import DeviceAugment, divide
 from loaders.backends.cpu import default_workers
 from loaders.beton import Reader
 from loaders.dataset import Readers, open_data
-from loaders.draw import draw
 from loaders.errors import UserError
-from loaders.job import ON_BAD_SAMPLE, Job
+from loaders.job import ON_BAD_SAMPLE, Job, empty_images
 from loaders.order import page_order, random_order, sequential, steps_per_epoch
 from loaders.read_ahead import ReadAhead
 from loaders.stats import Stats
@@ -64,11 +63,6 @@ class _Slot:
     tiles: list[torch.Tensor] | None = None  # likewise, if the method asks for them
     used: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # begin and end of the device's work on the crops
     job: Job | None = None  # keeps a backend's own crops alive until then
-
-
-def _empty(batch_size: int, size: int, dtype: torch.dtype, device: torch.device, pin: bool) -> torch.Tensor:
-    flat = torch.empty(batch_size, size, size, 3, dtype=dtype, device=device, pin_memory=pin)
-    return flat.permute(0, 3, 1, 2)
 
 
 class Loader:
@@ -152,11 +146,11 @@ class Loader:
             return _Slot([], views, [divide(v, n) for v in views] if n > 1 else None)
         slot, n, B = _Slot([]), self.spec.divide, self.batch_size
         if not self.owns_crops:
-            slot.crops = [_empty(B, s, torch.uint8, self.backend.device, pin) for s in self.spec.sizes]
+            slot.crops = [empty_images(B, s, torch.uint8, self.backend.device, pin=pin) for s in self.spec.sizes]
         if self.host_augment:
-            slot.views = [_empty(B, s, self.dtype, self.device, False) for s in self.spec.sizes]
+            slot.views = [empty_images(B, s, self.dtype, self.device) for s in self.spec.sizes]
             if n > 1:
-                slot.tiles = [_empty(n * n * B, s // n, self.dtype, self.device, False) for s in self.spec.sizes]
+                slot.tiles = [empty_images(n * n * B, s // n, self.dtype, self.device) for s in self.spec.sizes]
         return slot
 
     def _outputs(self, slot: _Slot, num: int) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
@@ -198,31 +192,13 @@ class Loader:
         return random_order(len(self.reader), **common)
 
     def _job(self, slot: _Slot, index_B: np.ndarray, epoch: int) -> Job:
-        index_B = np.array(index_B)  # a broken sample may be replaced in it
-        num = len(index_B)
-        job = Job(
-            reader=self.reader,
-            spec=self.spec,
-            seed=self.seed,
-            epoch=epoch,
-            index_B=index_B,
-            label_B=np.array(self.reader.label[index_B], dtype=np.int64),
-            draws=[]
-            if self.ready_made
-            else draw(
-                self.spec,
-                seed=self.seed,
-                epoch=epoch,
-                index_B=index_B,
-                height_B=self.reader.height[index_B],
-                width_B=self.reader.width[index_B],
-            ),
-            crops=[c[:num] for c in slot.crops],
-            stats=self.stats,
-            on_bad_sample=self.on_bad_sample,
-        )
+        if self.ready_made:  # nothing to draw
+            label_B = np.array(self.reader.label[index_B], dtype=np.int64)
+            return Job(self.reader, self.spec, self.seed, epoch, np.array(index_B), label_B, [], [], self.stats)
+        options = {"seed": self.seed, "epoch": epoch, "on_bad_sample": self.on_bad_sample}
+        job = Job.drawn(self.reader, self.spec, index_B, slot.crops, self.stats, **options)
         if self.host_augment:
-            job.views, job.tiles = self._outputs(slot, num)
+            job.views, job.tiles = self._outputs(slot, len(index_B))
             job.plan()
         return job
 

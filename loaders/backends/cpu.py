@@ -19,7 +19,7 @@ import torch
 
 from loaders import jpeg
 from loaders.beton import MODE_RAW, Reader, Sample
-from loaders.job import BadSample, Job
+from loaders.job import Job
 from loaders.stats import Stats
 from loaders.views import ViewSpec
 
@@ -120,7 +120,7 @@ class Backend:
                     self._crop_row(job, row, seconds)
                     break
                 except ValueError as error:
-                    job.replace(row, BadSample(self.reader.path, int(job.index_B[row]), str(error)))
+                    job.replace(row, str(error))
         start = time.thread_time()
         job.augment_rows(rows)
         seconds["augment"] = time.thread_time() - start

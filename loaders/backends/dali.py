@@ -26,7 +26,7 @@ from loaders.backends.cpu import decode, default_workers
 from loaders.beton import MODE_RAW, Reader, Sample
 from loaders.dataset import Readers
 from loaders.errors import UserError
-from loaders.job import BadSample, Job
+from loaders.job import Job
 from loaders.stats import Stats
 from loaders.views import ViewSpec
 
@@ -102,12 +102,11 @@ class Scheduled:
         job, replaced = self.job, False
         for row in rows:
             while True:
-                index = int(job.index_B[row])
                 try:
-                    decode(job.reader[index])
+                    decode(job.reader[int(job.index_B[row])])
                     break
                 except ValueError as error:
-                    job.replace(row, BadSample(job.reader.path, index, str(error)))
+                    job.replace(row, str(error))
                     replaced = True
         self.as_pixels = not replaced
         self.backend.schedule(self)

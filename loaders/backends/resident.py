@@ -25,7 +25,7 @@ from loaders.backends import cpu
 from loaders.beton import MODE_RAW, Reader, Sample
 from loaders.dataset import Readers
 from loaders.errors import UserError
-from loaders.job import BadSample, Job
+from loaders.job import Job
 from loaders.stats import Stats
 from loaders.views import ViewSpec
 
@@ -115,7 +115,7 @@ class Backend(cpu.Backend):
             return super().start(job)
         for row in range(len(job.index_B)):
             while (index := int(job.index_B[row])) in self.bad:
-                job.replace(row, BadSample(self.reader.path, index, self.bad[index]))
+                job.replace(row, self.bad[index])
         packed = np.stack([job.index_B, *(side for draws in job.draws for side in draws.box_B4.T)])
         index_B, *sides = torch.from_numpy(packed).pin_memory().to(self.device, non_blocking=True)
         start_B, width_B = self.start_on_device[index_B], self.width_on_device[index_B]
@@ -131,7 +131,7 @@ class _Decoded:
     """The reader's samples as raw pixels: what the CPU backend needs to know of them."""
 
     def __init__(self, reader: Reader | Readers, pixels_P3: np.ndarray, start_N: np.ndarray, bad: dict[int, str]):
-        self.reader, self.path, self.pixels_P3, self.start_N, self.bad = reader, reader.path, pixels_P3, start_N, bad
+        self.reader, self.pixels_P3, self.start_N, self.bad = reader, pixels_P3, start_N, bad
 
     def __getitem__(self, index: int) -> Sample:
         if index in self.bad:
