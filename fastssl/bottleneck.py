@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastssl.log import duration
+from fastssl.log import duration, figures
 
 HOST_STAGES = ("read", "decode", "crop", "augment")
 
@@ -81,9 +81,9 @@ class Report:
     def lines(self, seconds_to_go: float | None = None) -> list[str]:
         """For people: the stages, and what they mean."""
         stages = "  ".join(f"{name} {_ms(ms)}" for name, ms in self.stages.items() if ms or name in ("network", "wait"))
-        meaning = f"limit: {self.limit} ({_rate(self.capacity[self.limit])} images/s alone)"
+        meaning = f"limit: {self.limit} ({figures(self.capacity[self.limit])} images/s alone)"
         if self.next_limit is not None:
-            meaning += f"; next: {self.next_limit} ({_rate(self.capacity[self.next_limit])} images/s)"
+            meaning += f"; next: {self.next_limit} ({figures(self.capacity[self.next_limit])} images/s)"
         if seconds_to_go is not None:
             meaning += f"; {duration(seconds_to_go)} to go"
         return [f"ms per image: {stages}", meaning]
@@ -117,7 +117,3 @@ def report(
 
 def _ms(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
-
-
-def _rate(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"

@@ -31,6 +31,11 @@ def duration(seconds: float) -> str:
     return f"{seconds // 86_400}d{seconds % 86_400 // 3600:02d}h"
 
 
+def figures(value: float) -> str:
+    """Three figures where they say something: 2.54, 25.4, 254, 2,540."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
 class Log:
     """One live line on a terminal (a plain one now and then elsewhere), and every entry in metrics.jsonl."""
 

@@ -264,8 +264,8 @@ class Trainer:
         parts = [
             f"epoch {entry['epoch']:.2f}/{config.optim.epochs}",
             f"loss {entry['loss']:.4f}",
-            f"{_figures(entry['images_per_s'])} images/s",
-            f"{_figures(entry['views_per_s'])} views/s",
+            f"{logs.figures(entry['images_per_s'])} images/s",
+            f"{logs.figures(entry['views_per_s'])} views/s",
             f"wait {100 * entry['wait_share']:.1f} %",
         ]
         if "feature_std" in entry:
@@ -479,11 +479,6 @@ class Trainer:
         rows.append(("weights", str(self.folder / export.NAME)))
         logs.summary(self.console, "done", rows)
         return result
-
-
-def _figures(value: float) -> str:
-    """Three figures where they say something: 2.54, 25.4, 254, 2540."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def peak_host_memory() -> int:

@@ -245,6 +245,8 @@ class Reader:
 
     def will_need(self, index_B: np.ndarray, *, whole_pages: bool = False) -> None:
         """Ask the system to read these blobs, or all of the pages they lie in, into its cache; returns at once."""
+        if not hasattr(os, "posix_fadvise"):  # macOS: it reads when the bytes are touched
+            return
         start = self.pointer[index_B]
         end = start + self.size[index_B]
         if whole_pages:

@@ -12,12 +12,12 @@ import numpy as np
 import simplejpeg
 
 
-def decode(blob: bytes | np.ndarray, *, gray: bool = False) -> np.ndarray:
-    """uint8 pixels [height, width, 3], RGB, of a whole JPEG stream, as Pillow decodes it; gray: [height, width, 1].
+def decode(blob: bytes | np.ndarray) -> np.ndarray:
+    """uint8 pixels [height, width, 3], RGB, of a whole JPEG stream, as Pillow decodes it.
 
     EXIF is not looked at. Raises ValueError with libjpeg's reason for what does not decode or ends too early.
     """
-    return _decode(blob, colorspace="GRAY" if gray else "RGB")
+    return _decode(blob, colorspace="RGB")
 
 
 def _decode(blob: bytes | memoryview | np.ndarray, **options: object) -> np.ndarray:

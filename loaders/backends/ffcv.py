@@ -13,14 +13,15 @@ takes 3.6 s and 0.6 GB to open a file of ImageNet's size. Importing ffcv (numba,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from loaders.backends import cpu
 from loaders.beton import MODE_JPEG, Reader, Sample
+from loaders.dataset import Readers
 from loaders.images import jpeg_head
-from loaders.stats import Stats
 from loaders.views import ViewSpec
 
 
@@ -53,18 +54,9 @@ class Backend(cpu.Backend):
             )
         return None
 
-    def __init__(
-        self,
-        reader: Reader,
-        spec: ViewSpec,
-        *,
-        batch_size: int,
-        device: torch.device,
-        workers: int | None = None,
-        stats: Stats,
-    ):
+    def __init__(self, reader: Reader | Readers, spec: ViewSpec, **options: Any):
         self.imdecode = _imdecode()
-        super().__init__(reader, spec, batch_size=batch_size, device=device, workers=workers, stats=stats)
+        super().__init__(reader, spec, **options)
 
     def decode(self, sample: Sample) -> np.ndarray:
         """As `cpu.decode`, errors included, with FFCV's pixels."""

@@ -36,12 +36,11 @@ def test_pixels_are_pillows_to_the_last_bit(kind: str, shape: tuple[int, int]) -
     assert np.array_equal(jpeg.decode(blob), np.asarray(Image.open(io.BytesIO(blob))))
 
 
-def test_gray_comes_as_three_channels_or_as_one() -> None:
+def test_gray_comes_as_three_channels() -> None:
     blob = jpeg_bytes(picture().convert("L"))
     expected = np.asarray(Image.open(io.BytesIO(blob)))[:, :, None]
     assert np.array_equal(jpeg.decode(blob), expected.repeat(3, axis=2))
-    assert np.array_equal(jpeg.decode(blob, gray=True), expected)
-    assert jpeg.decode(jpeg_bytes(picture()), gray=True).shape == (97, 131, 1)
+    assert jpeg.check(blob) == expected.shape[:2] == (97, 131)
 
 
 def test_exif_does_not_turn_the_picture() -> None:
@@ -65,15 +64,16 @@ def test_what_libjpeg_only_warns_of_is_no_error() -> None:
 
 @pytest.mark.parametrize("blob", [b"", bytes(100), b"\xff\xd8\xff\xd9", jpeg_bytes(picture())[:300]])
 def test_what_is_no_jpeg_is_an_error(blob: bytes) -> None:
-    for gray in (False, True):
+    for read in (jpeg.decode, jpeg.check):
         with pytest.raises(ValueError, match=r"(?i)jpeg"):
-            jpeg.decode(blob, gray=gray)
+            read(blob)
 
 
 @pytest.mark.parametrize("missing", [3, 100, 3000])
 def test_a_truncated_jpeg_is_an_error(missing: int) -> None:
-    with pytest.raises(ValueError, match=r"(?i)premature end"):
-        jpeg.decode(jpeg_bytes(picture())[:-missing])
+    for read in (jpeg.decode, jpeg.check):
+        with pytest.raises(ValueError, match=r"(?i)premature end"):
+            read(jpeg_bytes(picture())[:-missing])
 
 
 def test_decoding_errors_say_what() -> None:
