@@ -42,6 +42,7 @@ def test_failures_and_time_are_recorded(tmp_path: Path, monkeypatch: pytest.Monk
     made = [
         Part("good", (*python, "print('fine')"), 60),
         Part("bad", (*python, "import sys; print('oh'); sys.exit(3)"), 60),
+        Part("elsewhere", ("no such command",), 60, missing="DALI is not installed"),
         Part("slow", (*python, "import time; print('here', flush=True); time.sleep(99)"), 3),
     ]
     monkeypatch.setattr(gpu_suite, "LEAST_SECONDS", 2)
@@ -55,6 +56,9 @@ def test_failures_and_time_are_recorded(tmp_path: Path, monkeypatch: pytest.Monk
     text = out.read_text()
     assert "NVIDIA X 2080" in text and "fine" in text and "oh" in text and "here" in text
     assert "| good | ok |" in text and "| bad | failed with status 3 |" in text and "| slow | stopped after 3 s" in text
+    assert "| elsewhere | passed over: DALI is not installed | 0 |" in text
+    fine = Config(data=Path("x.beton"), out=tmp_path / "fine.md", only=("good", "elsewhere"))
+    assert gpu_suite.suite(fine, Console(quiet=True)) == 0
     gpu_suite.suite(Config(data=Path("x.beton"), out=out, minutes=0.01), Console(quiet=True))
     assert out.read_text().count("not begun: no time left") == 3
 
