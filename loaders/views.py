@@ -6,7 +6,8 @@ backends and `augment` apply those. The strengths mean what the arguments of tor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from loaders.errors import UserError
 
@@ -143,17 +144,32 @@ def simsiam(K: int = 2, size: int = 224, *, interpolation: str = "bilinear", div
 def byol(
     size: int = 224,
     *,
+    K: int = 2,
     scale: tuple[float, float] = (0.08, 1.0),
     interpolation: str = "bicubic",
     blur: bool = True,
 ) -> ViewSpec:
-    """Two unequal views (BYOL App. B): the first always blurred, the second rarely, and solarized at times.
+    """Two kinds of views in turn (BYOL App. B): one always blurred, the other rarely, and solarized at times.
 
     MoCo v3's (its Sec. 3 and code) is the same with `interpolation="bilinear"`, for ResNet-50 with
     `scale=(0.2, 1)`. `blur=False` is the usual form for CIFAR.
     """
-    first, second = (_asymmetric(size, scale, interpolation, which, blur) for which in ("first", "second"))
-    return ViewSpec((first, second))
+    turns = [_asymmetric(size, scale, interpolation, which, blur) for which in ("first", "second")]
+    return ViewSpec(tuple(turns[i % 2] for i in range(K)))
+
+
+def swav(
+    K: int = 2, size: int = 224, *, scale: tuple[float, float] = (0.14, 1.0), interpolation: str = "bicubic"
+) -> ViewSpec:
+    """K equal views with strong jitter and without solarize (SwAV's code)."""
+    view = View(
+        size,
+        scale=scale,
+        interpolation=interpolation,
+        blur_p=0.5,
+        **_MOCO | {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2},
+    )
+    return ViewSpec((view,) * K)
 
 
 def multicrop(
@@ -178,14 +194,22 @@ def multicrop(
         raise UserError(f"multicrop photometry is {photometry!r}: choose one of {', '.join(PHOTOMETRIES)}")
     if num_global < 1 or num_local < 0:
         raise UserError(f"multicrop has {num_global} global and {num_local} local views: give at least 1 and 0")
+    options = {"scale": global_scale, "interpolation": interpolation}
     if photometry == "swav":
-        large = [_swav(global_size, global_scale, interpolation, blur)] * num_global
-        small = [_swav(local_size, local_scale, interpolation, blur)] * num_local
+        spec = swav(num_global, global_size, **options)
+        if not blur:
+            spec = replace(spec, views=tuple(replace(v, blur_p=0.0) for v in spec.views))
     else:
-        turns = ("first", "second")
-        large = [_asymmetric(global_size, global_scale, interpolation, turns[i % 2], blur) for i in range(num_global)]
-        small = [_asymmetric(local_size, local_scale, interpolation, "local", blur)] * num_local
-    return ViewSpec((*large, *small))
+        spec = byol(global_size, K=num_global, blur=blur, **options)
+    return with_local(spec, num_local, local_size, local_scale)
+
+
+def with_local(spec: ViewSpec, num: int, size: int, scale: tuple[float, float]) -> ViewSpec:
+    """`spec` and `num` small views after its own: the first view's photometry, half of them blurred (if that view ever
+    is), never solarized, as DINO (Appendix A) and SwAV make their local crops."""
+    first = spec.views[0]
+    local = replace(first, size=size, scale=scale, blur_p=0.5 if first.blur_p > 0 else 0.0, solarize_p=0.0)
+    return replace(spec, views=spec.views + (local,) * num)
 
 
 def cifar(K: int = 2, size: int = 32) -> ViewSpec:
@@ -204,7 +228,7 @@ def evaluation(size: int, fraction: float = 0.875) -> ViewSpec:
 
 
 def _asymmetric(size: int, scale: tuple[float, float], interpolation: str, which: str, blur: bool) -> View:
-    blur_p = {"first": 1.0, "second": 0.1, "local": 0.5}[which]
+    blur_p = {"first": 1.0, "second": 0.1}[which]
     return View(
         size,
         scale=scale,
@@ -215,15 +239,15 @@ def _asymmetric(size: int, scale: tuple[float, float], interpolation: str, which
     )
 
 
-def _swav(size: int, scale: tuple[float, float], interpolation: str, blur: bool) -> View:
-    return View(
-        size,
-        scale=scale,
-        interpolation=interpolation,
-        blur_p=0.5 if blur else 0.0,
-        **_MOCO | {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2},
-    )
+Recipe = Callable[[int], ViewSpec]  # the views that a method asks for, by their number; sizes and changes are set
 
-
-# Recipes in which all K views are alike, by the name that configurations give them.
-RECIPES = {"imagenet": simsiam, "cifar": cifar}
+# What a configuration's `recipe` names: K large views of `size` px.
+RECIPES: dict[str, Callable[[int, int], ViewSpec]] = {
+    "imagenet": simsiam,
+    "fastmoco": lambda K, size: simsiam(K, size, interpolation="bicubic"),
+    "byol": lambda K, size: byol(size, K=K),
+    "mocov3": lambda K, size: byol(size, K=K, scale=(0.2, 1.0), interpolation="bilinear"),
+    "swav": swav,
+    "cifar": cifar,
+    "cifar-byol": lambda K, size: byol(size, K=K, blur=False),
+}
