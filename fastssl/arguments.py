@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tyro
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from fastssl import config as configs
 from fastssl import presets
 from fastssl.config import Config
-from fastssl.log import summary
+from fastssl.cost import ASSUMED_CARD, ASSUMED_FLOPS_PER_S, cost
+from fastssl.log import figures
+from fastssl.presets import Preset
 from loaders.errors import UserError
 
 # What --resume may change: how a run is carried out, not what it computes.
 RESUMABLE = {
     "data": {"data", "val", "backend", "workers", "prefetch", "on_bad_sample"},
     "run": {"out", "resume", "device", "compile", "max_steps", "log_every", "checkpoint_minutes", "knn_every", "knn_k"}
-    | {"knn_temperature", "knn_bank"},
+    | {"knn_temperature", "knn_bank", "recalibrate_bn"},
 }
 
 
@@ -31,14 +37,19 @@ def default_folder(config: Config) -> Path:
 
 
 def parse(argv: list[str]) -> Config:
-    """The configuration that a command line asks for: preset (or the run to resume), then flags.
+    """The configuration that a command line asks for: preset (the method's first one, the run to resume), then flags.
 
     Raises UserError for unknown names; tyro ends the program with status 2 for flags that do not exist.
     """
     preset = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if preset else argv
-    base = presets.load(preset) if preset else configs.typed_config("fastsiam")()
-    resuming = "--resume" in flags
+    resuming, method = "--resume" in flags, _flag(flags, "--method")
+    if preset:
+        base = presets.load(preset)
+    elif method is not None and not resuming:
+        base = presets.first_of(method)
+    else:
+        base = configs.typed_config("fastsiam")()
     saved: Config | None = None
     if resuming:
         folder = _flag(flags, "--out")
@@ -50,7 +61,6 @@ def parse(argv: list[str]) -> Config:
         if not path.exists():
             raise UserError(f"--resume: {folder} holds no run (no config.yaml); leave --resume out to start one")
         saved = base = configs.load_yaml(path)
-    method = _flag(flags, "--method")
     if method is not None and method != base.model.method:
         base = configs.with_method(base, method)
     config = tyro.cli(
@@ -58,8 +68,10 @@ def parse(argv: list[str]) -> Config:
         prog="fastssl-train",
         usage="fastssl-train [PRESET] --data TRAIN.beton [--val VAL.beton] [OPTIONS]",
         description="Pre-train an image backbone without labels on one GPU (or a CPU). PRESET is a named recipe "
-        "(fastssl-train --list shows them); options change single values of it. Options of the method itself are those "
-        "of --method (here: " + base.model.method + ").",
+        "(fastssl-train --list [WORD] shows them); options change single values of it. --method M without PRESET "
+        "starts from M's first recipe in that list (optimiser, augmentation, heads, epochs) at 32 images per step, to "
+        "which its rate is scaled; without either it is FastSiam. Options of the method itself are those of --method "
+        f"(here: {base.model.method}).",
         default=base,
         args=flags,
         config=(tyro.conf.OmitArgPrefixes,),
@@ -91,7 +103,51 @@ def _check_resumable(saved: Config, config: Config) -> None:
                 )
 
 
-def list_presets() -> None:
-    """Print every preset with its source."""
-    rows = [(name, " ".join(factory.__doc__.split())) for name, factory in presets.PRESETS.items()]
-    summary(Console(), "presets", rows)
+# ------------------------------------------------------------------ --list
+
+
+def list_presets(words: Sequence[str] = ()) -> None:
+    """Print the presets that have all `words` in their names, with source, published result and estimated cost; with
+    words, their notes and the rows that options make of them, too. Raises UserError if there are none."""
+    chosen = [p for p in presets.PRESETS.values() if all(word in p.name for word in words)]
+    if not chosen:
+        raise UserError(f"--list {' '.join(words)}: no preset has that in its name; fastssl-train --list shows all")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 10_000  # in a pipe each preset is one line
+    console.print(preset_table(chosen))
+    console.print(_CAPTION, highlight=False, markup=False)
+    for preset in chosen if words else ():
+        if preset.rows or preset.notes:
+            console.print(Text(f"\n{preset.name}", style="bold"))
+        if preset.notes:
+            console.print(Text(preset.notes))
+        width = max(map(len, preset.rows), default=0)
+        for options, result in preset.rows.items():
+            console.print(Text(f"  {options:{width}}  {result}"))
+
+
+def preset_table(chosen: Iterable[Preset]) -> Table:
+    """One row for each preset."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    table.add_column("preset", no_wrap=True, style="bold")
+    table.add_column("source")
+    table.add_column("published result")
+    for title in ("views, M", "EFLOP", "hours"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for preset in chosen:
+        estimate = cost(preset.make(), preset.num_images)
+        numbers = [figures(n) if n >= 0.01 else "<0.01" for n in (estimate.views / 1e6, estimate.flops / 1e18)]
+        numbers.append(figures(estimate.hours) if estimate.hours >= 0.01 else "<0.01")
+        table.add_row(preset.name, preset.source, preset.result, *numbers)
+    return table
+
+
+_CAPTION = (
+    "\nResults are top-1 on the data set in the name, linear classifier or kNN, unless they say otherwise. Estimates: "
+    "views = images x epochs x views of an image, small crops included; EFLOP = 10^18 operations, counted on the "
+    "networks at these sizes, the forward pass three times where it is trained, once where it only makes targets; "
+    f"hours assume, unmeasured, that one {ASSUMED_CARD} sustains {ASSUMED_FLOPS_PER_S / 1e12:g} TFLOP/s (500 ResNet-50 "
+    "views of 224 px per second, forward and backward, fp16): small and depth-wise networks reach less. --list WORD "
+    "shows the presets with WORD in their names, their notes, and options for more published rows."
+)

@@ -32,9 +32,11 @@ class Data:
     """Validation images (likewise): switches the kNN monitor on, with --data as its bank."""
     size: int = 224
     """Side of the square views, px."""
-    recipe: Literal["imagenet", "cifar"] = "imagenet"
-    """Augmentation: imagenet = MoCo v2's (crops of 0.2-1 of the area, jitter, gray, blur, flip); cifar = crops of
-    0.08-1, no blur (SimSiam appendix D)."""
+    recipe: Literal["imagenet", "fastmoco", "byol", "mocov3", "swav", "cifar", "cifar-byol"] = "imagenet"
+    """Augmentation. imagenet: MoCo v2's (crops of 0.2-1 of the area, jitter, gray, blur, flip). fastmoco: the same,
+    bicubic. byol: two unlike views (blur 1 and 0.1, solarize), crops of 0.08-1, bicubic. mocov3: the same, crops of
+    0.2-1, bilinear. swav: strong jitter. cifar: crops of 0.08-1, no blur (SimSiam appendix D). cifar-byol: byol
+    without blur."""
     crop_min: float | None = None
     """Smallest crop, share of the image's area. None: the recipe's."""
     blur: float | None = None
@@ -64,32 +66,55 @@ class Model:
     method: str = "fastsiam"
     """Name of a file in fastssl/methods."""
     backbone: str = "resnet50"
-    """resnet18, resnet34, resnet50 (torchvision), resnet18-cifar (3x3 stem, no max-pool) or timm/NAME."""
+    """resnet18, resnet34, resnet50 (torchvision), the same with -cifar (3x3 stem, no max-pool), mobilenet_v2
+    (torchvision), vit-t32, vit-t16, vit-s16 (class token as features) or timm/NAME."""
     zero_init_residual: bool = True
-    """Start residual branches at zero (Goyal et al. 2017), as SimSiam's code does."""
+    """Start residual branches at zero (Goyal et al. 2017), as SimSiam's code does; ResNets only."""
+    drop_path: float = 0.0
+    """Probability that an image skips the last block in training, falling linearly to 0 at the first one: stochastic
+    depth (SSLight's DINO with a ViT: .1). ViTs and models of timm; never in momentum targets."""
     sync_bn: bool = False
     """BatchNorm statistics over all processes (CUDA only; SimSiam section 3 uses it on 8 GPUs)."""
 
 
 @dataclass(kw_only=True)
 class Optim:
-    """Optimisation (SGD)"""
+    """Optimisation"""
 
     epochs: int = 25
     """Passes over the data."""
+    optimizer: Literal["sgd", "lars", "adamw", "adam"] = "sgd"
+    """sgd, lars (SGD adapted layer by layer, for large batches: You et al. 2017), adamw, or adam (its decay goes into
+    the gradient)."""
     lr: float = 0.125
     """Learning rate at --lr-batch-size images per step; scaled linearly to --batch-size (FastSiam section 4.1: 0.125 at
     32; SimSiam section 3: 0.05 at 256)."""
     lr_batch_size: int = 32
-    """The batch size that --lr was tuned for, images."""
+    """The batch size that --lr was tuned for, images. 0: --lr is used as it is, at any batch size."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """Of sgd and lars (adam's and adamw's betas are .9 and .999)."""
     weight_decay: float = 1e-4
-    """On all parameters (SimSiam section 3; 5e-4 on CIFAR, appendix D)."""
+    """Weight decay (SimSiam section 3; 5e-4 on CIFAR, appendix D)."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end: a cosine from --weight-decay to it, changed at every step (DINO with a ViT: .04 to .4).
+    None: constant."""
+    no_decay: Literal["none", "1d", "1d+depthwise"] = "none"
+    """What does not decay. none: everything does (SimSiam); 1d: not biases, norms and other parameters of one
+    dimension, which lars does not adapt either (MoCo v3, DINO); 1d+depthwise: nor weights of depth-wise convolutions,
+    which lars does adapt (SSLight)."""
+    trust_coefficient: float = 0.001
+    """lars: share of its own norm that a layer's weights may move by at rate 1 (eta)."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0, epochs (SimSiam needs none)."""
-    schedule: Literal["epoch", "step"] = "epoch"
-    """Cosine decay to 0, changed once per epoch (SimSiam's code) or at every step (better for few epochs)."""
+    """Linear warm-up, epochs; its last step is at the full rate (SimSiam needs none)."""
+    warmup_start: float = 0.0
+    """Where warm-up begins, share of the rate (Fast-MoCo: .25, SwAV: .0625)."""
+    schedule: Literal["epoch", "step", "constant"] = "epoch"
+    """Cosine decay to --min-lr, changed once per epoch (SimSiam's code) or at every step (better for few epochs); or
+    constant after warm-up (GSG on CIFAR)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine, as it is: not scaled with the batch (SwAV, SSLight: .0048)."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all parameters together (Fast-MoCo: 1). None: not clipped."""
 
 
 @dataclass(kw_only=True)
@@ -124,6 +149,10 @@ class Run:
     """Votes weigh exp(cosine / T) (Wu et al. 2018)."""
     knn_bank: int = 50_000
     """Training images in the monitor's bank, at most."""
+    recalibrate_bn: int = 0
+    """Training images from which BatchNorm's statistics are recomputed, cropped and sized as for evaluation, for the
+    monitor and for a second file of weights at the end, beside those of training, which are of random crops or tiles
+    (10000 is plenty). 0: do not."""
 
 
 @dataclass(kw_only=True)
@@ -173,11 +202,30 @@ def validate(config: Config) -> None:
     need(data.crop_min is None or 0 < data.crop_min <= 1, f"--crop-min {data.crop_min}: a share of the area, in (0, 1]")
     need(data.blur is None or 0 <= data.blur <= 1, f"--blur {data.blur}: a probability, in [0, 1]")
     need(optim.epochs >= 1, f"--epochs {optim.epochs}: at least 1")
-    need(optim.lr > 0 and optim.lr_batch_size > 0, f"--lr {optim.lr} at {optim.lr_batch_size} images: must be positive")
+    for name in ("optimizer", "no_decay", "schedule"):  # the command line checks them, a saved configuration does not
+        given, known = getattr(optim, name), typing.get_args(typing.get_type_hints(Optim)[name])
+        need(given in known, f"--{name.replace('_', '-')} {given}: one of {', '.join(known)}")
+    need(optim.lr > 0, f"--lr {optim.lr}: must be positive")
+    need(optim.lr_batch_size >= 0, f"--lr-batch-size {optim.lr_batch_size}: images, or 0 to use --lr as it is")
+    need(0 <= optim.momentum < 1, f"--momentum {optim.momentum}: in [0, 1)")
+    need(optim.weight_decay >= 0, f"--weight-decay {optim.weight_decay}: 0 or more")
+    need(
+        optim.weight_decay_end is None or optim.weight_decay_end >= 0,
+        f"--weight-decay-end {optim.weight_decay_end}: 0 or more",
+    )
+    need(optim.trust_coefficient > 0, f"--trust-coefficient {optim.trust_coefficient}: must be positive")
     need(0 <= optim.warmup_epochs < optim.epochs, f"--warmup-epochs {optim.warmup_epochs}: in [0, --epochs)")
+    need(0 <= optim.warmup_start <= 1, f"--warmup-start {optim.warmup_start}: a share of the rate, in [0, 1]")
+    need(optim.min_lr >= 0, f"--min-lr {optim.min_lr}: 0 or more")
+    need(
+        optim.min_lr == 0 or optim.schedule != "constant",
+        f"--min-lr {optim.min_lr} is the end of a cosine, --schedule constant has none: use --schedule step",
+    )
+    need(optim.clip_norm is None or optim.clip_norm > 0, f"--clip-norm {optim.clip_norm}: must be positive")
     need(run.log_every >= 1, f"--log-every {run.log_every}: at least 1 step")
     need(run.checkpoint_minutes >= 0, f"--checkpoint-minutes {run.checkpoint_minutes}: 0 or more")
     need(run.knn_k >= 1 and run.knn_temperature > 0, "--knn-k must be at least 1 and --knn-temperature positive")
+    need(run.recalibrate_bn == 0 or run.recalibrate_bn >= 2, f"--recalibrate-bn {run.recalibrate_bn}: 2 images or more")
     need(run.max_steps is None or run.max_steps >= 1, f"--max-steps {run.max_steps}: at least 1")
     need(
         not (run.resume and run.overwrite),
@@ -201,11 +249,11 @@ def replace(config: Config, **changes: Any) -> Config:
 
 
 def with_method(config: Config, method: str) -> Config:
-    """The same configuration under another method, whose options keep the values that both methods have."""
+    """The same configuration under another method; what was changed in options that both have stays changed."""
     made = typed_config(method)
-    options = methods.load(method).Config()
+    options, before = methods.load(method).Config(), type(config.method_options)()
     for f in dataclasses.fields(options):
-        if hasattr(config.method_options, f.name):
+        if hasattr(before, f.name) and getattr(config.method_options, f.name) != getattr(before, f.name):
             setattr(options, f.name, getattr(config.method_options, f.name))
     model = dataclasses.replace(config.model, method=method)
     return made(
@@ -245,7 +293,13 @@ def from_dict(values: dict[str, Any], where: str) -> Config:
             if key not in hints:
                 near = difflib.get_close_matches(key, hints, n=1)
                 raise UserError(f"{where} has an unknown field {name}.{key}" + (f", meant {near[0]}?" if near else ""))
-        made[name] = group(**{k: Path(v) if k == "out" and v is not None else v for k, v in given.items()})
+        # YAML knows neither paths nor tuples.
+        made[name] = group(
+            **{
+                k: Path(v) if k == "out" and v is not None else tuple(v) if isinstance(v, list) else v
+                for k, v in given.items()
+            }
+        )
     return typed_config(made["model"].method)(preset=values.get("preset", ""), **made)
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from fastssl import methods
+from fastssl.backbones import backbone, check_size
 from fastssl.config import Config
-from fastssl.nn import backbone, check_size
+from fastssl.recalibrate import has_batch_norm
 from loaders import ViewSpec
 from loaders.errors import UserError
+from loaders.views import RECIPES
 
 
 def pick_device(name: str) -> torch.device:
@@ -71,23 +73,34 @@ def pick_precision(name: str, device: torch.device) -> Precision:
 
 
 def make_views(config: Config) -> ViewSpec:
-    """The views that the method asks for, with the configuration's changes to crop and blur."""
-    module = methods.load(config.model.method)
-    spec = module.views(config.method_options, config.data.size, config.data.recipe)
-    changes: dict[str, object] = {}
-    if config.data.crop_min is not None:
-        changes["scale"] = (config.data.crop_min, 1.0)
-    if config.data.blur is not None:
-        changes["blur_p"] = config.data.blur
-    return dataclasses.replace(spec, views=tuple(dataclasses.replace(v, **changes) for v in spec.views))
+    """The views that the method asks for, made by the recipe with the configuration's changes to crop and blur."""
+    data = config.data
+
+    def recipe(num_views: int) -> ViewSpec:
+        spec = RECIPES[data.recipe](num_views, data.size)
+        changes: dict[str, object] = {}
+        if data.crop_min is not None:
+            changes["scale"] = (data.crop_min, 1.0)
+        if data.blur is not None:
+            changes["blur_p"] = data.blur
+        return dataclasses.replace(spec, views=tuple(dataclasses.replace(v, **changes) for v in spec.views))
+
+    return methods.load(config.model.method).views(config.method_options, recipe)
 
 
 def make_method(config: Config) -> nn.Module:
     """Backbone and heads, freshly initialised from the run's seed, on the host.
 
-    Raises UserError for an unknown backbone or one that does not take images of this size.
+    Raises UserError for an unknown backbone or one that does not take images of the sizes of the method's views.
     """
+    model, spec = config.model, make_views(config)
     torch.manual_seed(config.run.seed)
-    net, _ = backbone(config.model.backbone, zero_init_residual=config.model.zero_init_residual)
-    width = check_size(config.model.backbone, net, config.data.size)
+    options = {"zero_init_residual": model.zero_init_residual, "drop_path": model.drop_path}
+    net, width = backbone(model.backbone, size=config.data.size, **options)
+    for size in {*spec.sizes, *(size // spec.divide for size in spec.sizes)} - {config.data.size}:
+        check_size(model.backbone, net, size, "this method's small views or tiles")
+    if hasattr(config.method_options, "check_network"):
+        config.method_options.check_network(net, config.data.size)
+    if config.run.recalibrate_bn and not has_batch_norm(net):
+        raise UserError(f"--recalibrate-bn: {model.backbone} has no BatchNorm, leave it out")
     return methods.load(config.model.method).Method(net, width, config.method_options)

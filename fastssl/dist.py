@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from loaders.errors import UserError
 
@@ -63,3 +64,72 @@ def finish(world: World) -> None:
     """Leave the process group."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------ tensors of all processes
+
+
+def size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def gather(x: Tensor) -> Tensor:
+    """The rows of all processes, [N, ...] from [B, ...] each, in their order, without gradient."""
+    if size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # Every process's loss depends on these rows: their gradients add up.
+        grad = sum_over_processes(grad.contiguous())
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """`gather` through which gradients flow back to the process that each row is from, summed over all losses."""
+    return x if size() == 1 else _GatherWithGrad.apply(x)
+
+
+@torch.no_grad()
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of every process's `x`, without gradient."""
+    if size() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of every process's `x`, without gradient."""
+    return sum_over_processes(x) / size()
+
+
+def own_rows(num: int, device: torch.device) -> Tensor:
+    """[B] int64: where `num` rows of this process are among the gathered ones."""
+    return torch.arange(num, device=device) + rank() * num
+
+
+def same_permutation(num: int, device: torch.device) -> Tensor:
+    """A random permutation of 0..num-1 from torch's generator, the first process's in all of them."""
+    order = torch.randperm(num, device=device)
+    if size() > 1:
+        dist.broadcast(order, 0)
+    return order

@@ -1,6 +1,6 @@
 """fastssl-train: build, loop, checkpoint. The only `optimizer.step()` of the project.
 
-    for each step:  views -> method -> loss -> backward -> one fused SGD step
+    for each step:  views -> method -> loss -> backward -> one fused step of the optimiser
 
 Nothing in the loop waits for the device except the logging step (`--log-every`) and the checkpoint.
 """
@@ -32,12 +32,16 @@ from fastssl.config import Config
 from fastssl.core import make_method, make_views, pick_device, pick_precision
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract
-from fastssl.optim import lr_at, make_sgd, scaled_lr, set_lr
+from fastssl.nn import need_plain_batch_norm
+from fastssl.optim import lr_at, make_optimizer, scaled_lr, set_lr, set_weight_decay, weight_decay_at
+from fastssl.progress import Progress
+from fastssl.recalibrate import NAME as RECALIBRATED
+from fastssl.recalibrate import recalibrated
 from loaders import Batch, Loader
 from loaders.dataset import open_data
 from loaders.errors import UserError
 
-RUN_FILES = ("config.yaml", logs.METRICS, checkpoint.NAME, export.NAME, "views.png", "curves.png")
+RUN_FILES = ("config.yaml", logs.METRICS, checkpoint.NAME, export.NAME, RECALIBRATED, "views.png", "curves.png")
 _REPORT_SECONDS = 60.0  # between bottleneck reports on the screen
 
 
@@ -115,9 +119,10 @@ class Trainer:
         if config.model.sync_bn and self.world.size > 1:
             if self.device.type != "cuda":
                 raise UserError("--sync-bn needs CUDA: torch has no synchronised BatchNorm on CPUs")
+            need_plain_batch_norm(method, "--sync-bn")
             method = self.method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
         self.base_lr = scaled_lr(config.optim, config.data.batch_size)
-        self.optimizer = make_sgd(method, config.optim, self.base_lr)
+        self.optimizer = make_optimizer(method, config.optim, self.base_lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scale)
         if config.run.compile == "on" or (config.run.compile == "auto" and self.device.type == "cuda"):
             # The parts, not the whole: one graph serves all K views, and checkpoints keep their names.
@@ -193,19 +198,32 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One step; returns the method's metrics, still on the device."""
-        config = self.config
-        set_lr(self.optimizer, lr_at(config.optim, self.base_lr, self.step, self.steps_per_epoch))
+        optim, per_epoch = self.config.optim, self.steps_per_epoch
+        progress = Progress(self.step, optim.epochs * per_epoch, per_epoch)
+        set_lr(self.optimizer, lr_at(optim, self.base_lr, self.step, per_epoch))
+        if optim.weight_decay_end is not None:
+            set_weight_decay(self.optimizer, weight_decay_at(optim, self.step, per_epoch))
+        self._hook("before_step", progress)
         with self.precision.autocast(self.device):
             loss, metrics = self.forward(batch)
         self.scaler.scale(loss).backward()
+        if optim.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.method.parameters(), optim.clip_norm)  # does not wait for the device
+        self._hook("after_backward", progress)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if hasattr(self.method, "after_step"):
-            self.method.after_step(self.step / (config.optim.epochs * self.steps_per_epoch))
+        self._hook("after_step", progress)
         self.step += 1
         self.last_loss = loss.detach()
         return metrics
+
+    def _hook(self, name: str, progress: Progress) -> None:
+        """Call the method's `before_step`, `after_backward` or `after_step`, if it has it."""
+        hook = getattr(self.method, name, None)
+        if hook is not None:
+            hook(progress)
 
     def _log(self, metrics: dict[str, torch.Tensor]) -> None:
         """The one place in the loop that waits for the device."""
@@ -320,17 +338,35 @@ class Trainer:
     def _knn_of_main(self) -> None:
         started = time.perf_counter()
         run = self.config.run
-        options = {"size": self.config.data.size, "device": self.device, "amp_dtype": self.precision.dtype}
-        train = extract(self.method.backbone, self.reader, limit=run.knn_bank, **options)
-        val = extract(self.method.backbone, self.val_reader, **options)
         settings = knn.Config(k=(run.knn_k,), temperature=run.knn_temperature, vote="weighted")
-        (result,) = knn.accuracy(train, val, settings).values()
+
+        def classify(backbone: torch.nn.Module) -> dict[str, float]:
+            train = extract(backbone, self.reader, limit=run.knn_bank, **self._crops)
+            (result,) = knn.accuracy(train, extract(backbone, self.val_reader, **self._crops), settings).values()
+            return result
+
+        result = classify(self.method.backbone)
         self.last_knn = result["top1"]
         self.best_knn = max(self.last_knn, self.best_knn or 0.0)
         epoch = self.step / self.steps_per_epoch
         entry = {"step": self.step, "epoch": epoch, "knn": result["top1"], "knn_top5": result["top5"]}
+        line = f"epoch {epoch:g}: kNN top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} %"
+        if run.recalibrate_bn:
+            result = classify(self._recalibrated())
+            entry |= {"knn_recalibrated": result["top1"], "knn_recalibrated_top5": result["top5"]}
+            line += f"; BatchNorm recalibrated: {result['top1']:.1f} %, {result['top5']:.1f} %"
         self.log.write(entry | {"knn_seconds": time.perf_counter() - started})
-        self.log.say(f"epoch {epoch:g}: kNN top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} %")
+        self.log.say(line)
+
+    @property
+    def _crops(self) -> dict[str, Any]:
+        """How evaluations look at images."""
+        return {"size": self.config.data.size, "device": self.device, "amp_dtype": self.precision.dtype}
+
+    def _recalibrated(self) -> torch.nn.Module:
+        """The backbone with BatchNorm statistics for evaluation."""
+        images = self.config.run.recalibrate_bn
+        return recalibrated(self.method.backbone, self.reader, images=images, **self._crops)
 
     def _checkpoint_due(self) -> bool:
         minutes = self.config.run.checkpoint_minutes
@@ -462,6 +498,9 @@ class Trainer:
             "config": configs.to_dict(self.config),
         }
         export.save_weights(self.folder / export.NAME, self.method.backbone, about)
+        if self.config.run.recalibrate_bn:
+            about |= {"recalibrate_bn": self.config.run.recalibrate_bn}
+            export.save_weights(self.folder / RECALIBRATED, self._recalibrated(), about)
         waits = [e["wait_share"] for e in entries if "wait_share" in e]
         rows = [
             ("training time", f"{logs.duration(self.seconds)} ({hours:.2f} h)"),
@@ -476,7 +515,11 @@ class Trainer:
             rows.append(
                 ("kNN top-1", f"{self.best_knn:.1f} % best, {self.last_knn:.1f} % last, {first:.1f} % at the start")
             )
+        if second := [e["knn_recalibrated"] for e in entries if "knn_recalibrated" in e]:
+            rows.append(("  BatchNorm recalibrated", f"{max(second):.1f} % best, {second[-1]:.1f} % last"))
         rows.append(("weights", str(self.folder / export.NAME)))
+        if self.config.run.recalibrate_bn:
+            rows.append(("  BatchNorm recalibrated", str(self.folder / RECALIBRATED)))
         logs.summary(self.console, "done", rows)
         return result
 
@@ -520,8 +563,8 @@ def main(argv: list[str] | None = None) -> int:
     """The console command. Returns the exit status: 0 done, 2 bad input, 130 stopped."""
 
     def command(arguments: list[str]) -> int:
-        if arguments == ["--list"]:
-            list_presets()
+        if "--list" in arguments:
+            list_presets([word for word in arguments if word != "--list"])
             return 0
         return 130 if train(parse(arguments))["stopped"] else 0
 

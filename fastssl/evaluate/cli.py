@@ -18,6 +18,7 @@ from fastssl import evaluate
 from fastssl.cli import run_command
 from fastssl.core import pick_device, pick_precision
 from fastssl.evaluate.task import Task, load_backbone
+from fastssl.recalibrate import has_batch_norm, recalibrated
 from loaders.dataset import open_data
 from loaders.errors import UserError
 
@@ -33,7 +34,7 @@ class Common:
     val: str = ""
     """Labelled images to classify (.beton)."""
     backbone: str | None = None
-    """Architecture, for weights that do not name it: resnet18, resnet50, timm/NAME, ..."""
+    """Architecture, for weights that do not name it: resnet18, vit-s16, timm/NAME, ..."""
     size: int | None = None
     """Side of the images given to the network, px. None: as in training."""
     random: bool = True
@@ -46,29 +47,42 @@ class Common:
     """Half precision, as in training."""
     workers: int | None = None
     """Decoding threads. None: by the machine."""
+    recalibrate_bn: int = 0
+    """Evaluate the weights also with BatchNorm statistics from this many of the --data images at --size, cropped as
+    here (0: do not): those of training are of random crops or tiles."""
     json: Path | None = None
     """Write the results to this file, too."""
 
 
 def evaluate_weights(common: Common, name: str, config: Any) -> dict[str, dict[str, dict[str, float]]]:
-    """`{"weights": {setting: {metric: value}}, "random": ...}`. Raises UserError for input that cannot be used."""
+    """`{"weights": {setting: {metric: value}}, "recalibrated": ..., "random": ...}`, the last two if asked for.
+
+    Raises UserError for input that cannot be used.
+    """
     if not common.data or not common.val:
         raise UserError("give --data TRAIN.beton and --val VAL.beton: both with labels")
     train, val = open_data(common.data), open_data(common.val)
     device = pick_device(common.device)
     net, random_net, size = load_backbone(common.weights, common.backbone, common.size, common.seed)
+    if common.recalibrate_bn and not has_batch_norm(net):
+        raise UserError("--recalibrate-bn: this network has no BatchNorm, leave it out")
+    precision = pick_precision(common.amp, device)
+    nets = {"weights": net.to(device, memory_format=torch.channels_last)}
+    if common.recalibrate_bn:
+        options = {"device": device, "amp_dtype": precision.dtype, "workers": common.workers}
+        nets["recalibrated"] = recalibrated(net, train, size=size, images=common.recalibrate_bn, **options)
+    if common.random:
+        nets["random"] = random_net.to(device, memory_format=torch.channels_last)
     results = {}
-    nets = {"weights": net} | ({"random": random_net} if common.random else {})
     for which, candidate in nets.items():
-        candidate.to(device, memory_format=torch.channels_last)
-        task = Task(candidate, train, val, size, device, pick_precision(common.amp, device), common.workers)
+        task = Task(candidate, train, val, size, device, precision, common.workers)
         results[which] = evaluate.load(name).run(task, config)
     return results
 
 
 def show(console: Console, title: str, results: dict[str, dict[str, dict[str, float]]]) -> None:
     """One row per setting, one column per metric and network."""
-    names = {"weights": "", "random": " (random init)"}
+    names = {"weights": "", "recalibrated": " (recalibrated)", "random": " (random init)"}
     table = Table(title=title, title_justify="left")
     table.add_column("setting")
     metrics = list(next(iter(results["weights"].values())))

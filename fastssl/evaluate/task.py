@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import export
-from fastssl import nn as networks
+from fastssl.backbones import backbone, check_size
 from fastssl.core import Precision
 from fastssl.evaluate.features import extract
 from loaders.beton import Reader
@@ -45,7 +45,8 @@ def load_backbone(path: Path, name: str | None, size: int | None, seed: int) -> 
     """(backbone with the weights at `path`, the same network at random initialisation, view size in px).
 
     `path` is a run folder or a .safetensors file. Files that fastssl-train wrote know their backbone and size; for
-    others both must be given. Raises UserError if something is missing or the weights do not fit.
+    others both must be given. Networks whose weights depend on the size of the training images (ViTs) are built for
+    that size and run at `size`. Raises UserError if something is missing or does not fit.
     """
     file = path / export.NAME if path.is_dir() else path
     if path.is_dir() and not file.exists():
@@ -54,14 +55,15 @@ def load_backbone(path: Path, name: str | None, size: int | None, seed: int) -> 
         )
     state, about = export.load_weights(file)
     name = name or about.get("backbone")
-    size = size or (int(about["size"]) if "size" in about else None)
+    trained = int(about["size"]) if "size" in about else size
+    size = size or trained
     if name is None or size is None:
         raise UserError(f"{file} does not say what it is: give --backbone NAME and --size PX")
     model = json.loads(about["config"])["model"] if "config" in about else {}
     torch.manual_seed(seed)
-    random_net, _ = networks.backbone(name, zero_init_residual=model.get("zero_init_residual", True))
-    networks.check_size(name, random_net, size)
-    net, _ = networks.backbone(name)
+    random_net, _ = backbone(name, size=trained, zero_init_residual=model.get("zero_init_residual", True))
+    check_size(name, random_net, size)
+    net, _ = backbone(name, size=trained)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:

@@ -2,13 +2,16 @@
 
 A method module defines
 
-    Config      a dataclass: the method's own options, each with its unit and source (they become command-line flags)
-    views       (config, size_px, recipe) -> ViewSpec: what the method asks of the loader
+    Config      a dataclass: the method's own options, each with its unit and source (they become command-line flags);
+                optionally validate() and check_network(backbone, size), which raise UserError
+    views       (config, recipe) -> ViewSpec: what the method asks of the loader; recipe(K) gives K large views
     Method      nn.Module, built with (backbone, width, config); it has
-                    backbone              what is trained, evaluated and exported
-                    forward(batch)        -> (loss, metrics): a scalar, and detached scalars to log
-                    param_groups()        optional: dicts {"params": [...], "fixed_lr": bool}, all parameters in them
-                    after_step(progress)  optional: EMA, queues; progress runs from 0 to 1
+                    backbone                   what is trained, evaluated and exported
+                    forward(batch)             -> (loss, metrics): a scalar, and detached scalars to log
+                    param_groups()             optional: dicts {"params": [...], "fixed_lr": bool}
+                    before_step(progress)      optional, before the forward pass: momentum targets, temperatures
+                    after_backward(progress)   optional: drop gradients that the optimiser must not see
+                    after_step(progress)       optional: momentum targets that follow the step
 
 A new method is one new file; nothing else names it.
 """

@@ -4,49 +4,63 @@ Pototzky et al., "FastSiam: Resource-Efficient Self-supervised Learning on a Sin
 L = 1/K sum_i D(p_i, sg[mean_{j != i} z_j]). The mean is taken over raw projector outputs; there is no momentum network.
 With K = 2 this is SimSiam.
 
-Legend: B images, K views, D projection channels.
+With patches (every combination of view i's tiles predicts the mean of the other views) and with guided stop-gradient
+(only the view closest to the partner's predicts) it is not in a paper: those two are fastssl's own.
+
+Legend: B images, K views, M predictions per image, D projection channels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from fastssl.methods import simsiam as base
-from fastssl.nn import encode
-from fastssl.ops import feature_std, mean_of_others, negative_cosine
+from fastssl.addons import guide_mean, spread
+from fastssl.methods import simsiam
+from fastssl.ops import feature_std, mean_of_others, negative_cosine, own, pair_loss
+from fastssl.patches import patch_views, predictions
 from loaders import Batch, UserError, ViewSpec
-from loaders.views import RECIPES
+from loaders.views import Recipe
 
 
 @dataclass(kw_only=True)
-class Config(base.Config):
+class Config(simsiam.Config):
     """SimSiam's heads (section 3.2 of FastSiam) and the number of views."""
 
     num_views: int = 4
     """K: views per image, of which K - 1 make the target of each (section 4.1: 3 targets)."""
+    guided_views: Literal[2, 4] = 2
+    """The partner's K views are those that it is trained with: 2 (both roles), the only form here."""
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
+        super().validate()
         if self.num_views < 2:
             raise UserError(
                 f"--num-views {self.num_views}: a view needs at least one other as its target, use 2 or more"
             )
+        if self.guided_views != 2:
+            raise UserError(f"--guided-views {self.guided_views}: fastsiam's views serve in both roles, leave it at 2")
+        if self.target_view == "same":
+            raise UserError("--target-view same: the target of fastsiam is the mean of the other views")
 
 
-def views(config: Config, size: int, recipe: str) -> ViewSpec:
+def views(config: Config, recipe: Recipe) -> ViewSpec:
     """K views under SimSiam's augmentation (section 4.1)."""
-    return RECIPES[recipe](config.num_views, size)
+    return patch_views(recipe(config.num_views), config)
 
 
-class Method(base.Method):
+class Method(simsiam.Method):
     """SimSiam's networks under FastSiam's loss."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        z_KBD = encode(self.backbone, self.projector, batch.views)
-        p_KBD = torch.stack([self.predictor(z) for z in z_KBD])
-        t_KBD = mean_of_others(z_KBD.detach())
-        loss = negative_cosine(p_KBD, t_KBD).mean()
+        online = predictions(self.backbone, self.projector, self.predictor, batch, self.config)
+        z_KBD = self.targets(batch) if online.z_TBD is None else online.z_TBD.detach()
+        t_KBD = mean_of_others(z_KBD)
+        w = own(online.owner_M, len(t_KBD))
+        if self.config.guided != "off":
+            w = spread(guide_mean(z_KBD, self.config), online.owner_M)
+        loss = pair_loss(negative_cosine, online.p_MBD, t_KBD, w)
         return loss, {"feature_std": feature_std(z_KBD)}

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import e2e
 
-SMALL = ["--backbone", "resnet18", "--size", "32", "--batch-size", "8", "--dim", "32", "--hidden", "8"]
+SMALL = ["--backbone", "resnet18", "--size", "32", "--batch-size", "8", "--dim", "32", "--predictor-hidden", "8"]
 
 
 def test_the_command(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:

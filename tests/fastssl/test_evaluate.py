@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 
+from fastssl.backbones import backbone
 from fastssl.evaluate import knn
 from fastssl.evaluate.cli import main
 from fastssl.evaluate.features import extract
-from fastssl.nn import backbone
 from fastssl.train import main as train_main
 from loaders.beton import Reader
 
@@ -98,7 +98,7 @@ def test_limit_spreads_over_the_file(beton: Path) -> None:
 @pytest.fixture(scope="module")
 def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
-    network = ["--backbone", "resnet18", "--size", "32", "--dim", "32", "--hidden", "8"]
+    network = ["--backbone", "resnet18", "--size", "32", "--dim", "32", "--predictor-hidden", "8"]
     steps = ["--batch-size", "8", "--epochs", "1", "--max-steps", "2"]
     assert train_main(["--data", str(beton), "--out", str(folder), *network, *steps]) == 0
     return folder
@@ -119,6 +119,30 @@ def test_the_command_compares_with_random_initialisation(
     # The weights file alone says what it is, too.
     assert main(["knn", str(run / "weights.safetensors"), *data, "--k", "5", "--no-random", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["weights"]["weighted k=5"] == results["weights"]["weighted k=5"]
+
+
+def test_recalibrated_weights_are_reported_beside_the_others(
+    run: Path, beton: Path, val_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "200")
+    out, data = tmp_path / "knn.json", ["--data", str(beton), "--val", str(val_beton), "--k", "5"]
+    assert main(["knn", str(run), *data, "--recalibrate-bn", "24", "--json", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert list(results) == ["weights", "recalibrated", "random"]
+    assert "top1 (recalibrated)" in capsys.readouterr().out
+    assert main(["knn", str(run), *data, "--no-random", "--json", str(out)]) == 0
+    assert json.loads(out.read_text()) == {"weights": results["weights"]}
+    # What the table says of them is what the same weights with these statistics score.
+    from fastssl.evaluate.task import load_backbone
+    from fastssl.export import save_weights
+    from fastssl.recalibrate import recalibrated
+
+    net, _, size = load_backbone(run, None, None, seed=0)
+    made = recalibrated(net, Reader(beton), size=size, device=torch.device("cpu"), images=24)
+    save_weights(tmp_path / "made.safetensors", made, {"backbone": "resnet18", "size": size})
+    assert main(["knn", str(tmp_path / "made.safetensors"), *data, "--no-random", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["weights"] == results["recalibrated"]
 
 
 def test_random_initialisation_is_where_the_run_began(run: Path) -> None:

@@ -1,96 +1,41 @@
-"""Methods: identities of the papers, heads, BatchNorm groups; and what every method must do."""
+"""What every method must do, found by its file."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import random
+import typing
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+import yaml
+from small import OPTIONS, TinyResNet, batch_of, config_of, has, made, method_of
 
-from fastssl import methods
-from fastssl.config import typed_config
-from fastssl.core import make_method
-from fastssl.methods import fastsiam, simsiam
-from fastssl.nn import backbone
-from loaders import Batch, UserError
+from fastssl import config as configs
+from fastssl import core, methods
+from fastssl import log as logs
+from fastssl.core import make_method, make_views
+from fastssl.momentum import Momentum
+from fastssl.nn import Queue
+from fastssl.progress import Progress
+from fastssl.train import main
+from loaders import UserError
+from loaders.views import RECIPES
 
-SMALL = {"dim": 32, "hidden": 8}
+every_method = pytest.mark.parametrize("name", methods.available())
 
-
-def batch_of(K: int, B: int = 8, size: int = 32, dtype: torch.dtype = torch.float32) -> Batch:
-    views = [torch.randn(B, 3, size, size).to(dtype, memory_format=torch.channels_last) for _ in range(K)]
-    return Batch(views, None, torch.arange(B), torch.zeros(B, dtype=torch.int64))
-
-
-def small(module, **options: object) -> nn.Module:
-    torch.manual_seed(1)
-    net, width = backbone("resnet18", zero_init_residual=False)
-    return module.Method(net, width, module.Config(**(SMALL | options)))
-
-
-def grads(method: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    method.zero_grad()
-    loss, _ = method(batch)
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in method.named_parameters()}
-
-
-def test_fastsiam_with_two_views_is_simsiam() -> None:  # T1
-    batch = batch_of(2)
-    loss_s, grad_s = grads(small(simsiam), batch)
-    loss_f, grad_f = grads(small(fastsiam, num_views=2), batch)
-    assert torch.equal(loss_s, loss_f)
-    assert grad_s.keys() == grad_f.keys()
-    for name in grad_s:
-        assert torch.equal(grad_s[name], grad_f[name]), name
-
-
-def test_simsiam_is_its_equation() -> None:
-    method, batch = small(simsiam), batch_of(2)
-    loss, _ = copy.deepcopy(method)(batch)
-    f, g, h = method.backbone, method.projector, method.predictor
-    z1, z2 = g(f(batch.views[0])), g(f(batch.views[1]))
-    p1, p2 = h(z1), h(z2)
-
-    def D(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        return -torch.nn.functional.cosine_similarity(p, z.detach()).mean()
-
-    torch.testing.assert_close(loss, D(p1, z2) / 2 + D(p2, z1) / 2)
-
-
-def test_fastsiam_is_its_equation() -> None:
-    method, batch = small(fastsiam, num_views=4), batch_of(4)
-    loss, _ = copy.deepcopy(method)(batch)
-    z = [method.projector(method.backbone(v)) for v in batch.views]
-    terms = []
-    for i in range(4):
-        target = torch.stack([z[j].detach() for j in range(4) if j != i]).mean(0)
-        terms.append(-torch.nn.functional.cosine_similarity(method.predictor(z[i]), target).mean())
-    torch.testing.assert_close(loss, torch.stack(terms).mean())
-
-
-@pytest.mark.parametrize("module", [simsiam, fastsiam])
-def test_no_gradient_flows_into_the_target(module) -> None:
-    """With the predictor's output cut off nothing is left: the targets carry no gradient."""
-    method, batch = small(module), batch_of(4 if module is fastsiam else 2)
-    method.predictor = nn.Sequential(method.predictor, Cut())
-    loss, _ = method(batch)
-    assert not loss.requires_grad
-
-
-class Cut(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.detach()
+FIRST, MIDDLE, LAST = (Progress(step, 12, 3) for step in (0, 5, 11))
 
 
 def test_each_view_has_its_own_batchnorm_statistics() -> None:
     """A view's z does not change when another view does, and one step updates running statistics K times."""
-    method = small(fastsiam).train()
+    _, method, batch = made("fastsiam", num_views=4)
     seen: list[torch.Tensor] = []
     method.projector.register_forward_hook(lambda _m, _i, out: seen.append(out.detach().clone()))
-    batch = batch_of(4)
     method(batch)
     first = seen[0]
     seen.clear()
@@ -99,73 +44,344 @@ def test_each_view_has_its_own_batchnorm_statistics() -> None:
     assert method.backbone.bn1.num_batches_tracked.item() == 8
 
 
-def test_heads_of_simsiam() -> None:  # METHODS section 2
-    net, width = backbone("resnet50")
-    method = simsiam.Method(net, width, simsiam.Config())
-    shapes = [tuple(m.weight.shape) for m in method.projector if isinstance(m, nn.Linear)]
-    assert shapes == [(2048, 2048)] * 3
-    assert all(m.bias is None for m in method.projector if isinstance(m, nn.Linear))
-    norms = [m for m in method.projector if isinstance(m, nn.BatchNorm1d)]
-    assert [n.affine for n in norms] == [True, True, False]
-    assert sum(isinstance(m, nn.ReLU) for m in method.projector) == 2
-    first, norm, relu, last = method.predictor
-    assert (first.weight.shape, first.bias) == ((512, 2048), None)
-    assert norm.affine and isinstance(relu, nn.ReLU)
-    assert last.weight.shape == (2048, 512) and last.bias is not None
-    cifar = simsiam.Method(*backbone("resnet18-cifar"), simsiam.Config(projector_layers=2))
-    assert [tuple(m.weight.shape) for m in cifar.projector if isinstance(m, nn.Linear)] == [(2048, 512), (2048, 2048)]
-
-
-def test_one_view_is_refused() -> None:
-    with pytest.raises(UserError, match="2 or more"):
-        fastsiam.Config(num_views=1).validate()
-
-
 def test_unknown_method_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'simsiam'"):
         methods.load("simsam")
 
 
-# ------------------------------------------------------------------ every method, found by its file
+# ------------------------------------------------------------------ every method: views, options, help
 
 
-@pytest.fixture(params=methods.available())
-def any_method(request: pytest.FixtureRequest):
-    config = typed_config(request.param)()
-    config.model.method = request.param
-    config.model.backbone, config.data.size = "resnet18", 32
-    spec = methods.load(request.param).views(config.method_options, 32, "imagenet")
-    return make_method(config), batch_of(spec.K)
+@every_method
+def test_views_follow_size_and_recipe(name: str) -> None:
+    large = [view.size for view in make_views(config_of(name, size=64)).views]
+    assert large[:2] == [64, 64]
+    for recipe in RECIPES:
+        config = config_of(name, size=64)
+        config.data.recipe, config.data.blur = recipe, None
+        spec = make_views(config)
+        assert spec.views[:2] == RECIPES[recipe](2, 64).views
+    config.data.crop_min, config.data.blur = 0.3, 0.25
+    assert {(view.scale, view.blur_p) for view in make_views(config).views} == {((0.3, 1.0), 0.25)}
 
 
-def test_loss_falls_on_one_repeated_batch(any_method) -> None:
-    method, batch = any_method
-    optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
+@every_method
+def test_configuration_survives_yaml(name: str) -> None:
+    config = config_of(name)
+    assert configs.from_dict(yaml.safe_load(yaml.safe_dump(configs.to_dict(config))), "here") == config
+
+
+# Values that no method can have.
+WRONG = {
+    "alpha": 2.0,
+    "bn_splits": 0,
+    "combine": 0,
+    "combine_weight": 0.0,
+    "dim": 0,
+    "divide": 0,
+    "ema": 1.5,
+    "epsilon": 0.0,
+    "extra_crops": -1,
+    "num_local": -1,
+    "num_views": 1,
+    "predictor_hidden": 0,
+    "projector_hidden": 0,
+    "projector_layers": 0,
+    "prototypes": 0,
+    "queue_size": -1,
+    "student_temperature": 0.0,
+    "teacher_temperature": 0.0,
+    "temperature": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(n, o) for n in methods.available() for o in WRONG if has(config_of(n), o)]
+)
+def test_wrong_values_are_refused_by_name(name: str, option: str) -> None:
+    with pytest.raises(UserError, match=f"^--{option.replace('_', '-')} {WRONG[option]}: "):
+        config_of(name, **{option: WRONG[option]}).method_options.validate()
+
+
+@every_method
+def test_help_explains_every_option_of_the_method(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--method", name, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(methods.load(name).Config):
+        assert "--" + field.name.replace("_", "-") in text
+
+
+# ------------------------------------------------------------------ every method: loss, gradients, hooks
+
+
+@every_method
+def test_it_runs_on_a_cpu_at_32_px(name: str) -> None:
+    """As the trainer builds it, on a ResNet-18."""
+    config = config_of(name)
+    method = make_method(config)
+    loss, metrics = method(batch_of(make_views(config)))
+    loss.backward()
+    assert loss.ndim == 0 and loss.dtype == torch.float32 and loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.requires_grad)
+    assert all(not m.requires_grad and m.ndim == 0 for m in metrics.values())
+    assert 0 < metrics["feature_std"] <= 1
+
+
+@every_method
+def test_loss_falls_on_one_repeated_batch(name: str) -> None:
+    """Less what the queues remember: this batch's keys among the negatives would raise the loss."""
+    _, method, batch = made(name)
+    queues = {m: copy.deepcopy(m.state_dict()) for m in method.modules() if isinstance(m, Queue)}
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     losses = []
-    for _ in range(8):
-        loss, metrics = method(batch)
+    for _ in range(10):
+        for queue, state in queues.items():
+            queue.load_state_dict(state)
+        loss, _ = method(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        assert all(not m.requires_grad and m.ndim == 0 for m in metrics.values())
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - 0.1
 
 
-def test_every_parameter_belongs_to_one_group_and_gets_a_gradient(any_method) -> None:
-    method, batch = any_method
+@every_method
+def test_half_precision_gives_the_loss_of_full_precision(name: str) -> None:
+    """bf16 views under autocast, as on a GPU; the loss itself is computed in fp32."""
+    _, method, batch = made(name)
+    exact, _ = copy.deepcopy(method)(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, metrics = method(dataclasses.replace(batch, views=[v.bfloat16() for v in batch.views]))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(m.dtype == torch.float32 for m in metrics.values())
+    torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.03)
+
+
+@every_method
+def test_targets_get_no_gradient(name: str) -> None:
+    config, method, batch = made(name)
+    method(batch)[0].backward()
+    targets = {n: p for n, p in method.named_parameters() if n.startswith("target_")}
+    assert bool(targets) == isinstance(config.method_options, Momentum)
+    assert all(not p.requires_grad and p.grad is None for p in targets.values())
+
+
+VARIANTS = ({}, {"patches": "divide-encode-combine"}, {"guided": "guided"}, {"predictor": False}, {"num_local": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [(n, o) for n in methods.available() for o in VARIANTS if all(has(config_of(n), k) for k in o)]
+)
+def test_gradient_flows_only_through_the_last_layer_of_the_predicting_side(name: str, options: dict) -> None:
+    """With its output cut off nothing is left: targets carry no gradient, not even where they share weights."""
+    _, method, batch = made(name, **options)
+    last = next(m for n in ("prototypes", "predictor", "projector") if (m := getattr(method, n, None)) is not None)
+    last.register_forward_hook(lambda _module, _inputs, out: out.detach())
+    assert not method(batch)[0].requires_grad
+
+
+@every_method
+def test_every_trainable_parameter_is_in_one_group_and_gets_a_gradient(name: str) -> None:
+    _, method, batch = made(name)
+    trainable = [p for p in method.parameters() if p.requires_grad]
     if hasattr(method, "param_groups"):
         ids = [id(p) for g in method.param_groups() for p in g["params"]]
-        assert sorted(ids) == sorted(id(p) for p in method.parameters())
-    loss, _ = method(batch)
-    loss.backward()
-    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+        assert sorted(ids) == sorted(id(p) for p in trainable)
+    method(batch)[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
+    # What a method drops at the beginning it does not drop for ever.
+    if hasattr(method, "after_backward"):
+        method.after_backward(LAST)
+    assert all(p.grad is not None for p in trainable)
 
 
-@pytest.mark.parametrize("name", methods.available())
-def test_views_follow_recipe_and_size(name: str) -> None:
-    module = methods.load(name)
-    for recipe in ("imagenet", "cifar"):
-        spec = module.views(module.Config(), 48, recipe)
-        assert spec.sizes == (48,) * spec.K
-        assert (spec.views[0].blur_p > 0) == (recipe == "imagenet")
+@every_method
+@pytest.mark.parametrize("progress", [FIRST, MIDDLE, LAST])
+def test_hooks_bring_targets_halfway_to_the_network_and_nothing_else(name: str, progress: Progress) -> None:
+    momentum = issubclass(methods.load(name).Config, Momentum)
+    _, method, batch = made(name, **({"ema": 0.5, "ema_schedule": "constant"} if momentum else {}))
+    with torch.no_grad():
+        for n, p in method.named_parameters():
+            p.add_(0 if n.startswith("target_") else torch.randn(p.shape))
+    before = {n: t.clone() for n, t in method.state_dict().items()}
+    for hook in ("before_step", "after_backward", "after_step"):
+        if hasattr(method, hook):
+            getattr(method, hook)(progress)
+    parameters = {n for n, _ in method.named_parameters()}
+    for n, t in method.state_dict().items():
+        follows = n.startswith("target_") and n in parameters
+        expected = (before[n] + before[n.removeprefix("target_")]) / 2 if follows else before[n]
+        torch.testing.assert_close(t, expected, msg=lambda text, n=n: f"{n}: {text}")
+    assert method(batch)[0].isfinite()
+
+
+# ------------------------------------------------------------------ every method: all options together
+
+# Options that are not a choice from a list, and the values to try. An option of an add-on must be here.
+NUMBERS: dict[str, tuple] = {
+    "divide": (2, 1),
+    "combine": (2, 1, 4),
+    "pairs": (None, 2),
+    "combine_weight": (0.5, 0.3),
+    "extra_crops": (0, 1),
+    "extra_size": (None, 32),
+    "num_local": (0, 2),
+    "local_size": (32, 64),
+    "local_scale": ((0.05, 0.14), (0.1, 0.3)),
+    "alpha": (None, 0.4, 1.0),
+    "ema": (0.99, 0.0),
+    "bn_splits": (1, 2),
+    "projector_layers": (2, 1),
+    "teacher_warmup_epochs": (0, 2),
+    "queue_from_epoch": (15, 0),
+}
+Options = dict[str, object]
+
+
+def choices(options_type: type) -> dict[str, tuple]:
+    """The values to try of every option: of a Literal and of a bool all of them, of some numbers a few."""
+    hints, found = typing.get_type_hints(options_type), {}
+    addons = {
+        name
+        for base in options_type.__mro__
+        if base.__module__ in ("fastssl.addons", "fastssl.patches")
+        for name in base.__annotations__
+    }
+    for name, hint in hints.items():
+        if typing.get_origin(hint) is typing.Literal:
+            found[name] = typing.get_args(hint)
+        elif hint is bool:
+            found[name] = (False, True)
+        elif name in NUMBERS:
+            found[name] = NUMBERS[name]
+        else:
+            assert name not in addons, f"{name} is an option of an add-on: give NUMBERS some values to try"
+    return found
+
+
+def accepted(name: str, options: Options) -> bool:
+    """Whether validate() takes these options."""
+    try:
+        config_of(name, **options).method_options.validate()
+    except UserError:
+        return False
+    return True
+
+
+def together(options: Options, strength: int) -> set[tuple]:
+    return set(itertools.combinations(options.items(), min(strength, len(options))))
+
+
+def covering(rows: Sequence[Options], strength: int) -> list[Options]:
+    """Some of the rows, in which every `strength` values occur together that do so in any row."""
+    seen, chosen = set(), []
+    most = len(together(rows[0], strength))
+    for share in (2, 4, 8, 16, 32, most):  # the rows that bring most come first
+        for row in rows:
+            new = together(row, strength) - seen
+            if new and len(new) * share >= most:
+                chosen.append(row)
+                seen |= new
+    return chosen
+
+
+def one_step(name: str, options: Options) -> None:
+    """A step of the method with these options: loss and gradients have to be numbers, all parameters have to learn."""
+    config = config_of(name, size=64, **options)
+    spec = make_views(config)
+    method, batch = method_of(config), batch_of(spec, 4)
+    for hook in ("before_step", "after_backward", "after_step"):
+        if hook == "after_backward":
+            loss, _ = method(batch)
+            loss.backward()
+            assert loss.isfinite()
+            assert all(p.grad.isfinite().all() for p in method.parameters() if p.requires_grad)
+        if hasattr(method, hook):
+            getattr(method, hook)(LAST)
+
+
+@every_method
+@pytest.mark.parametrize("strength", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_all_options_compose(name: str, strength: int) -> None:
+    """Every two (three) values of options that validate() takes together make a step, whatever the others are.
+
+    What it does not take must raise UserError there, and not when views, network or loss are made.
+    """
+    values = choices(methods.load(name).Config)
+    drawn = random.Random(0)
+    rows = [
+        row
+        for row in ({k: drawn.choice(v) for k, v in values.items()} for _ in range(2000 * strength**2))
+        if accepted(name, row)
+    ]
+    chosen = covering(rows, strength)
+    for row in chosen:
+        try:
+            one_step(name, row)
+        except Exception as error:
+            raise AssertionError(f"{name} accepts {row}, then: {type(error).__name__}: {error}") from error
+    # A value that no row has is refused by itself, and by its name.
+    for option, value in ((o, v) for o, vs in values.items() for v in vs):
+        if all(row[option] != value for row in chosen):
+            with pytest.raises(UserError, match="--" + option.replace("_", "-")):
+                config_of(name, **{option: value}).method_options.validate()
+
+
+# ------------------------------------------------------------------ every method: exact resume
+
+# Everything that a run carries from step to step is at work and changes before and after step 4 of 12, where it stops:
+# 32 of 40 rows of a queue are filled, prototypes and the teacher's temperature change with the epoch, and numbers are
+# drawn for combinations, partners and the order of shuffled keys.
+ACTIVE = {
+    "alpha": 0.4,
+    "bn_splits": 2,
+    "combine_by": "beta",
+    "ema": 0.9,
+    "ema_schedule": "cosine",
+    "fixed_points": False,
+    "guided": "random",
+    "guided_views": 2,
+    "num_local": 1,
+    "patches": "divide-encode-combine",
+    "queue_from_epoch": 0,
+    "queue_size": 40,
+    "symmetric": True,
+    "teacher_warmup_epochs": 2,
+    "teacher_warmup_temperature": 0.02,
+}
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {e["step"]: e["loss"] for e in logs.read_metrics(folder / logs.METRICS) if "loss" in e}
+
+
+@every_method
+def test_resume_gives_the_same_losses_to_the_last_bit(
+    name: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "backbone", lambda *_, **__: (TinyResNet(), TinyResNet.width))
+    monkeypatch.setattr(logs, "save_curves", lambda *_: None)  # half of the time
+    config = config_of(name)
+    config = config_of(name, **{k: v for k, v in ACTIVE.items() if has(config, k)})
+    words = ["--method", name, "--data", str(beton), "--size", "64", "--blur", "0", "--batch-size", "8"]
+    words += ["--epochs", "2", "--warmup-epochs", "0", "--log-every", "1"]
+    for option, value in (OPTIONS | ACTIVE).items():
+        if has(config, option):
+            flag = option.replace("_", "-")
+            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*words, "--out", str(whole)]) == 0
+    assert main([*words, "--out", str(parts), "--max-steps", "4"]) == 0
+    stopped = torch.load(parts / "checkpoint.pt", weights_only=True)["method"]
+    assert main(["--out", str(parts), "--resume", "--max-steps", "12"]) == 0
+    assert len(losses(whole)) == 12
+    assert losses(parts) == losses(whole)
+    ends = [torch.load(folder / "checkpoint.pt", weights_only=True)["method"] for folder in (parts, whole)]
+    assert all(torch.equal(a, b) for a, b in zip(*(end.values() for end in ends), strict=True))
+    # What the method remembers had changed when the run stopped, and went on changing.
+    for buffer, start in make_method(config).named_buffers():
+        assert not torch.equal(stopped[buffer], start), buffer
+        assert not torch.equal(stopped[buffer], ends[0][buffer]), buffer

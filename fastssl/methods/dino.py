@@ -1,0 +1,137 @@
+"""DINO: a student predicts the centred, sharpened output of its momentum teacher on another view.
+
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021; eq. 1-4, algorithm 1, appendix C.
+L = mean over pairs (teacher view g large, student view v != g) of -sum_k softmax((t_g - c) / T_t)_k log softmax(s_v /
+T_s)_k; c <- 0.9 c + 0.1 mean of the teacher's outputs, after the loss. Pairs weigh as SSLight has it.
+
+BatchNorm groups: views of one size together in the backbone, all views together in the head; in the teacher too, which
+is in train mode.
+
+Legend: B images of this process, K views, D bottleneck channels, P prototypes (outputs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.addons import MultiCrop, local_views, rebalanced_weights
+from fastssl.momentum import Momentum, Schedule, ema_update, momentum_copy
+from fastssl.nn import WeightNormLinear, encode_together, init_like_vit, mlp
+from fastssl.ops import cross_entropy, feature_std, pair_loss
+from fastssl.progress import Progress
+from loaders import Batch, ViewSpec
+from loaders.errors import UserError
+from loaders.views import Recipe
+
+
+@dataclass(kw_only=True)
+class Config(MultiCrop, Momentum):
+    """Head, temperatures and centre (section 3.1, appendix C and the code)."""
+
+    dim: int = 256
+    """Bottleneck before the prototypes, channels."""
+    projector_layers: int = 3
+    """Linear layers up to the bottleneck."""
+    projector_hidden: int = 2048
+    """Hidden layers, channels."""
+    projector_bn: bool = True
+    """BatchNorm in the hidden layers: on for convolutional networks, off for ViTs."""
+    prototypes: int = 65536
+    """P: outputs (4096 for SSLight's convolutional networks)."""
+    train_last_norm: bool = False
+    """Train the length of the last layer's rows (on in SSLight's ViTs); off is more stable."""
+    student_temperature: float = 0.1
+    """T_s."""
+    teacher_temperature: float = 0.04
+    """T_t after its warm-up."""
+    teacher_warmup_temperature: float = 0.04
+    """T_t at the start."""
+    teacher_warmup_epochs: int = 0
+    """Epochs in which T_t changes, once per epoch."""
+    center_momentum: float = 0.9
+    """How slowly the centre follows the teacher's mean output."""
+    freeze_epochs: int = 1
+    """The last layer does not move before this epoch."""
+    ema: float = 0.996
+    """Momentum m of the teacher."""
+    ema_schedule: Schedule = "cosine"
+    """constant, or cosine: rising to 1 over the run (section 3.1)."""
+
+    def validate(self) -> None:
+        """Raise UserError for values that make no sense."""
+        self.validate_crops()
+        for name in ("student_temperature", "teacher_temperature", "teacher_warmup_temperature", "prototypes"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+
+
+def views(config: Config, recipe: Recipe) -> ViewSpec:
+    """Two large views, and L small ones."""
+    return local_views(recipe(2), config)
+
+
+class Method(nn.Module):
+    """Student and teacher, the centre and the loss."""
+
+    def __init__(self, backbone: nn.Module, width: int, config: Config):
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        hidden = [config.projector_hidden] * (config.projector_layers - 1)
+        self.projector = mlp([width, *hidden, config.dim], bias=True, norm=config.projector_bn, activation=nn.GELU)
+        init_like_vit(self.projector)
+        self.prototypes = WeightNormLinear(config.dim, config.prototypes, trainable=config.train_last_norm)
+        self.target_backbone = momentum_copy(self.backbone, config.target_init)
+        self.target_projector = momentum_copy(self.projector, config.target_init)
+        self.target_prototypes = momentum_copy(self.prototypes, config.target_init)
+        self.register_buffer("center", torch.zeros(config.prototypes))
+        self.teacher_temperature = teacher_temperature(config, 0)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        config, num_views = self.config, len(batch.views)
+        z_KBD = bottleneck(self.backbone, self.projector, batch.views)
+        s_KBP = self.prototypes(z_KBD)
+        with torch.no_grad():
+            t_2BP = self.target_prototypes(
+                bottleneck(self.target_backbone, self.target_projector, batch.views[:2])
+            ).float()
+            q_2BP = F.softmax((t_2BP - self.center) / self.teacher_temperature, -1)
+        log_p_KBP = F.log_softmax(s_KBP.float() / config.student_temperature, -1)
+        loss = pair_loss(cross_entropy, log_p_KBP, q_2BP, rebalanced_weights(num_views, 2, config.alpha))
+        self.center.lerp_(dist.mean_over_processes(t_2BP.mean((0, 1))), 1 - config.center_momentum)
+        return loss, {"feature_std": feature_std(z_KBD)}
+
+    def before_step(self, progress: Progress) -> None:
+        self.teacher_temperature = teacher_temperature(self.config, progress.epoch)
+
+    def after_backward(self, progress: Progress) -> None:
+        if progress.epoch < self.config.freeze_epochs:
+            for p in self.prototypes.parameters():
+                p.grad = None
+
+    def after_step(self, progress: Progress) -> None:
+        pairs = [
+            (self.target_backbone, self.backbone),
+            (self.target_projector, self.projector),
+            (self.target_prototypes, self.prototypes),
+        ]
+        ema_update(pairs, self.config.ema_at(progress))
+
+
+def bottleneck(net: nn.Module, projector: nn.Module, views: list[Tensor]) -> Tensor:
+    """Unit vectors z_KBD before the last layer."""
+    z_ND = projector(encode_together(net, views).flatten(0, 1))
+    return F.normalize(z_ND, dim=1).unflatten(0, (len(views), -1))
+
+
+def teacher_temperature(config: Config, epoch: int) -> float:
+    """T_t of an epoch: linear from its start to its end over the warm-up epochs (DINO's code)."""
+    start, end, epochs = config.teacher_warmup_temperature, config.teacher_temperature, config.teacher_warmup_epochs
+    if epoch >= epochs:
+        return end
+    return start + (end - start) * epoch / max(1, epochs - 1)

@@ -1,0 +1,109 @@
+"""MoCo v2: a view finds the momentum key of another one among a queue of keys.
+
+He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020, eq. 1-2 and algorithm 1; Chen
+et al., "Improved Baselines with Momentum Contrastive Learning", 2020. L = -log exp(q.k/T) / (exp(q.k/T) + sum_n
+exp(q.n/T)), n the queue. View 0 gives the key, all others give queries: with small views and alpha this is SSLight's.
+
+BatchNorm groups: each large view by itself, the small ones together; keys with the images dealt out anew over processes
+(and over --bn-splits parts of the batch).
+
+Legend: B images, K views, T of them with keys, D projection channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.addons import MultiCrop, local_views, rebalanced_weights
+from fastssl.momentum import Momentum, ema_update, momentum_copy
+from fastssl.nn import Queue, encode_shuffled, encode_together, init_like_vit, mlp, split_batch_norm
+from fastssl.ops import feature_std, info_nce_queue, pair_loss
+from fastssl.progress import Progress
+from loaders import Batch, ViewSpec
+from loaders.errors import UserError
+from loaders.views import Recipe
+
+
+@dataclass(kw_only=True)
+class Config(MultiCrop, Momentum):
+    """Head, queue and keys (MoCo v2 section 3, MoCo section 3.3)."""
+
+    dim: int = 128
+    """Output of the projector, channels."""
+    projector_hidden: int | None = None
+    """Hidden layer of the projector, channels. None: as wide as the backbone's features."""
+    projector_init: Literal["default", "vit"] = "default"
+    """torch's initialisation, or a truncated normal of std 0.02 (SSLight's code)."""
+    temperature: float = 0.2
+    """T: similarities are divided by it."""
+    queue_size: int = 65536
+    """Keys in the queue: the negatives."""
+    ema: float = 0.999
+    """Momentum m of the key network."""
+    symmetric: bool = False
+    """Both large views give keys, and the directions are averaged (lightly's CIFAR benchmark)."""
+    shuffle_bn: bool = True
+    """Compute keys with the images dealt out anew over the processes, so that BatchNorm tells nothing (section 3.3)."""
+    bn_splits: int = 1
+    """Parts of a batch that BatchNorm normalises by themselves: one GPU needs them (MoCo's CIFAR demo: 8)."""
+
+    def validate(self) -> None:
+        """Raise UserError for values that make no sense."""
+        self.validate_crops()
+        for name in ("queue_size", "bn_splits", "dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        if self.temperature <= 0:
+            raise UserError(f"--temperature {self.temperature}: must be above 0")
+
+
+def views(config: Config, recipe: Recipe) -> ViewSpec:
+    """Two large views, and L small ones."""
+    return local_views(recipe(2), config)
+
+
+class Method(nn.Module):
+    """f, g, their momentum copies, the queue and the loss."""
+
+    def __init__(self, backbone: nn.Module, width: int, config: Config):
+        super().__init__()
+        self.config = config
+        self.backbone = split_batch_norm(backbone, config.bn_splits) if config.bn_splits > 1 else backbone
+        self.projector = mlp([width, config.projector_hidden or width, config.dim], bias=True, norm=False)
+        if config.projector_init == "vit":
+            init_like_vit(self.projector)
+        self.target_backbone = momentum_copy(self.backbone, config.target_init)
+        self.target_projector = momentum_copy(self.projector, config.target_init)
+        self.queue = Queue(config.queue_size, config.dim)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        config, views = self.config, batch.views
+        with_keys, first = (2, 0) if config.symmetric else (1, 1)
+        h = [self.backbone(x) for x in views[first:2]]
+        h += encode_together(self.backbone, views[2:]) if views[2:] else []
+        q_MBD = torch.stack([self.projector(h_BD) for h_BD in h])
+        k_TBD = torch.stack([self.key(x) for x in views[:with_keys]])
+        w = rebalanced_weights(len(views), with_keys, config.alpha)[first:]
+        distance = partial(info_nce_queue, queue_QD=self.queue.rows.clone(), temperature=config.temperature)
+        loss = pair_loss(distance, q_MBD, k_TBD, w)
+        for k_BD in k_TBD:  # after the look-up: no image is its own negative
+            self.queue.push(dist.gather(k_BD))
+        return loss, {"feature_std": feature_std(k_TBD)}
+
+    @torch.no_grad()
+    def key(self, x: Tensor) -> Tensor:
+        """Unit keys [B, D] of a view, fp32."""
+        shuffles = self.config.shuffle_bn and (dist.size() > 1 or self.config.bn_splits > 1)
+        h_BD = encode_shuffled(self.target_backbone, x) if shuffles else self.target_backbone(x)
+        return F.normalize(self.target_projector(h_BD).float(), dim=1)
+
+    def before_step(self, progress: Progress) -> None:
+        pairs = [(self.target_backbone, self.backbone), (self.target_projector, self.projector)]
+        ema_update(pairs, self.config.ema_at(progress))

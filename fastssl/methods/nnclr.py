@@ -1,0 +1,87 @@
+"""NNCLR: the positive of a view is the nearest neighbour of the other one among recent images.
+
+Dwibedi et al., "With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual Representations",
+ICCV 2021; eq. 2-4. L = 1/2 CE(NN(z_1), p_2) + 1/2 CE(NN(z_2), p_1), CE(n, p) over n.p / T of the batch's predictions,
+NN(z) the row of the queue with the largest cosine. The queue takes in z_1 after the look-up. No momentum network.
+
+BatchNorm groups: each view by itself.
+
+Legend: B images of this process, N of all processes, T target views, M predictions per image, Q queue rows, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.methods import simsiam
+from fastssl.nn import OutputNorm, Queue
+from fastssl.ops import feature_std, info_nce, pair_loss
+from fastssl.pairs import pair_views, pair_weights
+from fastssl.patches import predictions
+from loaders import Batch
+from loaders.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Config(simsiam.Config):
+    """Heads of NNCLR (section 4.1: 2048-2048-256 with BatchNorm in g, 4096-256 in h)."""
+
+    dim: int = 256
+    """Output of projector and predictor, channels."""
+    projector_hidden: int | None = 2048
+    """Hidden layers of the projector, channels. None: as wide as the backbone's features."""
+    projector_norm: OutputNorm = "affine"
+    """BatchNorm on the projector's output: none, fixed (no scale and shift), affine."""
+    predictor_hidden: int = 4096
+    """Hidden layer of the predictor, channels."""
+    fix_pred_lr: bool = False
+    """Keep the predictor's learning rate at its initial value, without warm-up."""
+    temperature: float = 0.1
+    """T: similarities are divided by it."""
+    queue_size: int = 98304
+    """Q: recent projections among which neighbours are looked up."""
+
+    def validate(self) -> None:
+        """Raise UserError for values that make no sense."""
+        super().validate()
+        if self.temperature <= 0:
+            raise UserError(f"--temperature {self.temperature}: must be above 0")
+        if self.queue_size < 1:
+            raise UserError(f"--queue-size {self.queue_size}: at least 1")
+
+
+views = pair_views
+
+
+class Method(simsiam.Method):
+    """SimSiam's networks, a queue of projections, and a contrastive loss."""
+
+    def __init__(self, backbone: nn.Module, width: int, config: Config):
+        super().__init__(backbone, width, config)
+        self.queue = Queue(config.queue_size, config.dim)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        online = predictions(self.backbone, self.projector, self.predictor, batch, self.config)
+        z_TBD = self.targets(batch) if online.z_TBD is None else online.z_TBD.detach()
+        n_TBD = self.neighbours(z_TBD)
+        own_B = dist.own_rows(z_TBD.shape[1], z_TBD.device)
+
+        def distance(p_mBD: Tensor, n_BD: Tensor) -> Tensor:  # the neighbour looks for its prediction
+            return torch.stack(
+                [info_nce(n_BD, dist.gather_with_grad(p_BD), self.config.temperature, own_B) for p_BD in p_mBD]
+            )
+
+        loss = pair_loss(distance, online.p_MBD, n_TBD, pair_weights(online, z_TBD, self.config))
+        self.queue.push(dist.gather(F.normalize(z_TBD[0].float(), dim=1)))
+        return loss, {"feature_std": feature_std(z_TBD)}
+
+    @torch.no_grad()
+    def neighbours(self, z_TBD: Tensor) -> Tensor:
+        """NN(z): for every projection the queue's row with the largest cosine (eq. 3)."""
+        nearest_TB = (F.normalize(z_TBD.float(), dim=-1) @ self.queue.rows.T).argmax(-1)
+        return self.queue.rows[nearest_TB]

@@ -1,0 +1,109 @@
+"""SwAV: the codes of one view, balanced over prototypes, are predicted from the other views.
+
+Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020; eq. 1-3 and
+section 3. L = mean over pairs (i large, v != i) of -sum_k q_ik log softmax(z_v C / T)_k, codes q from Sinkhorn-Knopp
+over the images of all processes (and a queue of earlier ones), without gradient. Pairs weigh as SSLight has it.
+
+BatchNorm groups: views of one size together in the backbone, all views together in the projector.
+
+Legend: B images of this process, K views, D projection channels, P prototypes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.addons import MultiCrop, local_views, rebalanced_weights
+from fastssl.nn import Queue, encode_together, mlp
+from fastssl.ops import cross_entropy, feature_std, pair_loss, sinkhorn
+from fastssl.progress import Progress
+from loaders import Batch, ViewSpec
+from loaders.errors import UserError
+from loaders.views import Recipe
+
+
+@dataclass(kw_only=True)
+class Config(MultiCrop):
+    """Head, prototypes and codes (section 4 and appendix A)."""
+
+    dim: int = 128
+    """Output of the projector, channels."""
+    projector_hidden: int = 2048
+    """Hidden layer of the projector, channels (4096 in SSLight)."""
+    prototypes: int = 3000
+    """P: cluster centres."""
+    temperature: float = 0.1
+    """T: scores are divided by it before the softmax."""
+    epsilon: float = 0.05
+    """Smoothness of the codes: scores are divided by it before Sinkhorn-Knopp."""
+    sinkhorn_iterations: int = 3
+    """Rounds of normalising columns and rows."""
+    freeze_epochs: float = 1.0
+    """The prototypes do not move before this epoch (SwAV's code: its first 313 steps of 4096 images, which is one)."""
+    queue_size: int = 0
+    """Earlier projections that codes are balanced over, of all processes: for batches that are small beside P."""
+    queue_from_epoch: int = 15
+    """The queue begins to fill in this epoch, and serves when it is full."""
+
+    def validate(self) -> None:
+        """Raise UserError for values that make no sense."""
+        self.validate_crops()
+        for name in ("temperature", "epsilon", "sinkhorn_iterations", "prototypes"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        if self.queue_size < 0:
+            raise UserError(f"--queue-size {self.queue_size}: 0 or more")
+
+
+def views(config: Config, recipe: Recipe) -> ViewSpec:
+    """Two large views, and L small ones."""
+    return local_views(recipe(2), config)
+
+
+class Method(nn.Module):
+    """f, g, the prototypes, the queues of both large views, and the loss."""
+
+    def __init__(self, backbone: nn.Module, width: int, config: Config):
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.projector = mlp([width, config.projector_hidden, config.dim], bias=True)
+        self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
+        rows = config.queue_size // dist.size()
+        self.queues = nn.ModuleList(Queue(rows, config.dim) for _ in range(2 if rows else 0))
+        self.steps_filling = -1  # steps since the queues began to fill; before that, negative
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        config, num_views = self.config, len(batch.views)
+        with torch.no_grad():
+            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+        h_KBD = encode_together(self.backbone, batch.views)
+        z_KBD = F.normalize(self.projector(h_KBD.flatten(0, 1)).float(), dim=1).unflatten(0, (num_views, -1))
+        scores_KBP = self.prototypes(z_KBD)
+        q_2BP = torch.stack([self.codes(scores_KBP[i].detach(), z_KBD[i].detach(), i) for i in range(2)])
+        log_p_KBP = F.log_softmax(scores_KBP.float() / config.temperature, -1)
+        loss = pair_loss(cross_entropy, log_p_KBP, q_2BP, rebalanced_weights(num_views, 2, config.alpha))
+        return loss, {"feature_std": feature_std(z_KBD)}
+
+    @torch.no_grad()
+    def codes(self, scores_BP: Tensor, z_BD: Tensor, i: int) -> Tensor:
+        """q_BP of large view i: balanced over the batch and, when it is full, over the queue before it."""
+        config, rows = self.config, scores_BP
+        if self.queues and self.steps_filling >= 0:
+            queue = self.queues[i]
+            if self.steps_filling * len(z_BD) >= len(queue.rows):
+                rows = torch.cat([self.prototypes(queue.rows), rows])
+            queue.push(z_BD)
+        return sinkhorn(rows, config.epsilon, config.sinkhorn_iterations, dist.sum_over_processes)[-len(z_BD) :]
+
+    def before_step(self, progress: Progress) -> None:
+        self.steps_filling = progress.step - self.config.queue_from_epoch * progress.steps_per_epoch
+
+    def after_backward(self, progress: Progress) -> None:
+        if progress.step < self.config.freeze_epochs * progress.steps_per_epoch:
+            self.prototypes.weight.grad = None
