@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastssl.ops import Owner
+from fastssl.options import at_least, share
 from loaders import ViewSpec
-from loaders.errors import UserError
 from loaders.views import with_local
 
 # ------------------------------------------------------------------ guided stop-gradient
@@ -146,10 +146,8 @@ class MultiCrop:
 
     def validate_crops(self) -> None:
         """Raise UserError for values that make no sense."""
-        if self.num_local < 0:
-            raise UserError(f"--num-local {self.num_local}: 0 or more")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise UserError(f"--alpha {self.alpha}: a weight, in [0, 1]")
+        at_least(self, 0, "num_local")
+        share(self, "alpha")
 
 
 def local_views(spec: ViewSpec, options: MultiCrop) -> ViewSpec:
@@ -165,7 +163,7 @@ def rebalanced_weights(num_views: int, num_targets: int, alpha: float | None) ->
     if alpha is None or not small:
         alpha = len(large) / (len(large) + len(small))
     w = [[0.0] * num_targets for _ in range(num_views)]
-    for pairs, share in ((large, alpha), (small, 1 - alpha)):
+    for pairs, total in ((large, alpha), (small, 1 - alpha)):
         for i, j in pairs:
-            w[i][j] = share / len(pairs)
+            w[i][j] = total / len(pairs)
     return w

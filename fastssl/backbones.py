@@ -50,8 +50,6 @@ def backbone(
     """
     if not 0 <= drop_path < 1:
         raise UserError(f"--drop-path {drop_path}: a probability, in [0, 1)")
-    if size < (smallest := _MIN_SIZE.get(name, 1)):
-        raise UserError(f"--size {size} is too small for {name}: it needs at least {smallest} px")
     if name.startswith("resnet") and name in _MIN_SIZE:
         net = _resnet(name, zero_init_residual)
     elif name == "mobilenet_v2":
@@ -109,6 +107,9 @@ def check_size(name: str, net: nn.Module, size: int, what: str = "--size") -> in
     Raises UserError if it does not take images of that size; `what` says there which images they are, or which flag
     sets their size.
     """
+    # Below it the last strides run on one pixel, whose weight gradients torch 2.15 leaves unwritten on a CPU in bf16.
+    if size < (smallest := _MIN_SIZE.get(name, 1)):
+        raise UserError(f"{size} px ({what}) are too few for {name}: it needs at least {smallest} px")
     was_training = net.training
     try:
         with torch.no_grad():

@@ -214,7 +214,10 @@ def validate(config: Config) -> None:
         f"--weight-decay-end {optim.weight_decay_end}: 0 or more",
     )
     need(optim.trust_coefficient > 0, f"--trust-coefficient {optim.trust_coefficient}: must be positive")
-    need(0 <= optim.warmup_epochs < optim.epochs, f"--warmup-epochs {optim.warmup_epochs}: in [0, --epochs)")
+    need(
+        0 <= optim.warmup_epochs < optim.epochs,
+        f"--warmup-epochs {optim.warmup_epochs}: from 0 to less than --epochs {optim.epochs} (a tenth of them, or 0)",
+    )
     need(0 <= optim.warmup_start <= 1, f"--warmup-start {optim.warmup_start}: a share of the rate, in [0, 1]")
     need(optim.min_lr >= 0, f"--min-lr {optim.min_lr}: 0 or more")
     need(

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fastssl.options import share
 from fastssl.progress import Progress
 
 Schedule = Literal["constant", "cosine"]
@@ -26,6 +27,10 @@ class Momentum:
     """constant, or rising to 1 over the run: m_k = 1 - (1 - m)(cos(pi k / K) + 1) / 2 (BYOL section 3.3)."""
     target_init: Literal["copy", "independent"] = "copy"
     """Where the target begins: copy of the network (all papers), or a draw of its own (Fast-MoCo's code)."""
+
+    def validate_momentum(self) -> None:
+        """Raise UserError for values that make no sense."""
+        share(self, "ema")
 
     def ema_at(self, progress: Progress) -> float:
         """m of a step."""

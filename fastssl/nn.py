@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import dist
+from fastssl.options import at_least
 from loaders.errors import UserError
 
 OutputNorm = Literal["none", "fixed", "affine"]  # BatchNorm on a head's output: none, without or with scale and shift
@@ -76,10 +77,7 @@ class Heads:
 
     def validate_heads(self) -> None:
         """Raise UserError for widths that make no network."""
-        for name in ("dim", "projector_layers", "projector_hidden", "predictor_hidden"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+        at_least(self, 1, "dim", "projector_layers", "projector_hidden", "predictor_hidden")
 
 
 def init_like_vit(module: nn.Module) -> None:

@@ -20,10 +20,15 @@ from loaders.views import Recipe
 class PairConfig(Heads, Patches, Guided):
     """Heads, combinatorial patches and guided stop-gradient."""
 
+    @property
+    def num_target_views(self) -> int:
+        """Views per image that make targets."""
+        return self.num_guided_views
+
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         self.validate_heads()
-        self.validate_patches()
+        self.validate_patches(self.num_target_views)
         if self.guided != "off" and not (self.owned and self.target_view == "other"):
             raise UserError(
                 f"--guided {self.guided} chooses which view predicts: it needs predictions made from the target views "
@@ -33,7 +38,7 @@ class PairConfig(Heads, Patches, Guided):
 
 def pair_views(config: PairConfig, recipe: Recipe) -> ViewSpec:
     """Two views, four for the official form of guided stop-gradient, and what the patches need."""
-    return patch_views(recipe(config.num_guided_views), config)
+    return patch_views(recipe(config.num_target_views), config)
 
 
 def pair_weights(online: Predictions, z_TBD: Tensor, config: PairConfig) -> Weights:

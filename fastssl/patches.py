@@ -63,8 +63,8 @@ class Patches:
     extra_size: int | None = None
     """Their side, px. None: --size."""
 
-    def validate_patches(self) -> None:
-        """Raise UserError for values that make no sense."""
+    def validate_patches(self, num_views: int = 2) -> None:
+        """Raise UserError for values that make no sense with `num_views` target views."""
 
         def need(ok: bool, message: str) -> None:
             if not ok:
@@ -90,6 +90,10 @@ class Patches:
         need(
             self.patches != "encode" or not 2 * self.divide**2 % self.combine,
             f"--combine {self.combine}: the {2 * self.divide**2} tiles of two views make no whole number of such crops",
+        )
+        need(
+            num_views == 2 or not (self.num_drawn or self.patches == "montage"),
+            f"--patches {self.patches} is for methods with two views, here are {num_views}",
         )
         need(
             self.target_view == "other" or self.owned,
@@ -145,8 +149,6 @@ def patch_views(spec: ViewSpec, options: Patches) -> ViewSpec:
     divides = options.patches in ("divide-encode-combine", "divide-combine-encode", "montage", "sample-encode-combine")
     if divides and view.size % n:
         raise UserError(f"--size {view.size} does not divide into {n} tiles (--divide): use a multiple of {n}")
-    if (options.num_drawn or options.patches == "montage") and len(spec.views) != 2:
-        raise UserError(f"--patches {options.patches} is for methods with two views, here are {len(spec.views)}")
 
     def crop(share: float) -> tuple:
         low, high = view.scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,11 @@ from PIL import Image
 from loaders.beton import Writer
 
 NUM_CLASSES = 4
+
+# Tensors here are small: more threads gain little, and on a busy machine they wait for each other
+# ten times longer than they compute. Programs that tests start follow.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def photo(rng: np.random.Generator, height: int, width: int) -> Image.Image:

@@ -48,6 +48,11 @@ class Config(PairConfig, Momentum):
     sum_directions: bool = True
     """2 - 2 cos summed over the two directions (BYOL). Off: SimSiam's mean of -cos, as guided stop-gradient's code."""
 
+    def validate(self) -> None:
+        """Raise UserError for values that make no sense."""
+        super().validate()
+        self.validate_momentum()
+
 
 views = pair_views
 

@@ -23,9 +23,9 @@ from fastssl.addons import MultiCrop, local_views, rebalanced_weights
 from fastssl.momentum import Momentum, Schedule, ema_update, momentum_copy
 from fastssl.nn import WeightNormLinear, encode_together, init_like_vit, mlp
 from fastssl.ops import cross_entropy, feature_std, pair_loss
+from fastssl.options import above_zero, at_least, share
 from fastssl.progress import Progress
 from loaders import Batch, ViewSpec
-from loaders.errors import UserError
 from loaders.views import Recipe
 
 
@@ -65,9 +65,10 @@ class Config(MultiCrop, Momentum):
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         self.validate_crops()
-        for name in ("student_temperature", "teacher_temperature", "teacher_warmup_temperature", "prototypes"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        self.validate_momentum()
+        at_least(self, 1, "dim", "projector_layers", "projector_hidden", "prototypes")
+        above_zero(self, "student_temperature", "teacher_temperature", "teacher_warmup_temperature")
+        share(self, "center_momentum")
 
 
 def views(config: Config, recipe: Recipe) -> ViewSpec:

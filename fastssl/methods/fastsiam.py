@@ -20,9 +20,9 @@ from torch import Tensor
 from fastssl.addons import guide_mean, spread
 from fastssl.methods import simsiam
 from fastssl.ops import feature_std, mean_of_others, negative_cosine, own, pair_loss
-from fastssl.patches import patch_views, predictions
-from loaders import Batch, UserError, ViewSpec
-from loaders.views import Recipe
+from fastssl.pairs import pair_views
+from fastssl.patches import predictions
+from loaders import Batch, UserError
 
 
 @dataclass(kw_only=True)
@@ -34,22 +34,25 @@ class Config(simsiam.Config):
     guided_views: Literal[2, 4] = 2
     """The partner's K views are those that it is trained with: 2 (both roles), the only form here."""
 
+    @property
+    def num_target_views(self) -> int:
+        """Views per image that make targets."""
+        return self.num_views
+
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
-        super().validate()
         if self.num_views < 2:
             raise UserError(
                 f"--num-views {self.num_views}: a view needs at least one other as its target, use 2 or more"
             )
+        super().validate()
         if self.guided_views != 2:
             raise UserError(f"--guided-views {self.guided_views}: fastsiam's views serve in both roles, leave it at 2")
         if self.target_view == "same":
             raise UserError("--target-view same: the target of fastsiam is the mean of the other views")
 
 
-def views(config: Config, recipe: Recipe) -> ViewSpec:
-    """K views under SimSiam's augmentation (section 4.1)."""
-    return patch_views(recipe(config.num_views), config)
+views = pair_views
 
 
 class Method(simsiam.Method):

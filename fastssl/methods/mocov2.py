@@ -25,9 +25,9 @@ from fastssl.addons import MultiCrop, local_views, rebalanced_weights
 from fastssl.momentum import Momentum, ema_update, momentum_copy
 from fastssl.nn import Queue, encode_shuffled, encode_together, init_like_vit, mlp, split_batch_norm
 from fastssl.ops import feature_std, info_nce_queue, pair_loss
+from fastssl.options import above_zero, at_least
 from fastssl.progress import Progress
 from loaders import Batch, ViewSpec
-from loaders.errors import UserError
 from loaders.views import Recipe
 
 
@@ -57,11 +57,9 @@ class Config(MultiCrop, Momentum):
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         self.validate_crops()
-        for name in ("queue_size", "bn_splits", "dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
-        if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature}: must be above 0")
+        self.validate_momentum()
+        at_least(self, 1, "queue_size", "bn_splits", "dim", "projector_hidden")
+        above_zero(self, "temperature")
 
 
 def views(config: Config, recipe: Recipe) -> ViewSpec:

@@ -19,10 +19,10 @@ from fastssl import dist
 from fastssl.methods import byol
 from fastssl.nn import OutputNorm, PredictorBias
 from fastssl.ops import feature_std, info_nce, pair_loss
+from fastssl.options import above_zero
 from fastssl.pairs import pair_views, pair_weights
 from fastssl.patches import predictions
 from loaders import Batch
-from loaders.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -43,8 +43,7 @@ class Config(byol.Config):
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         super().validate()
-        if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature}: must be above 0")
+        above_zero(self, "temperature")
 
 
 views = pair_views

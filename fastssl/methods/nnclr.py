@@ -21,10 +21,10 @@ from fastssl import dist
 from fastssl.methods import simsiam
 from fastssl.nn import OutputNorm, Queue
 from fastssl.ops import feature_std, info_nce, pair_loss
+from fastssl.options import above_zero, at_least
 from fastssl.pairs import pair_views, pair_weights
 from fastssl.patches import predictions
 from loaders import Batch
-from loaders.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -49,10 +49,8 @@ class Config(simsiam.Config):
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         super().validate()
-        if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature}: must be above 0")
-        if self.queue_size < 1:
-            raise UserError(f"--queue-size {self.queue_size}: at least 1")
+        above_zero(self, "temperature")
+        at_least(self, 1, "queue_size")
 
 
 views = pair_views

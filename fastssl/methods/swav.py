@@ -21,9 +21,9 @@ from fastssl import dist
 from fastssl.addons import MultiCrop, local_views, rebalanced_weights
 from fastssl.nn import Queue, encode_together, mlp
 from fastssl.ops import cross_entropy, feature_std, pair_loss, sinkhorn
+from fastssl.options import above_zero, at_least
 from fastssl.progress import Progress
 from loaders import Batch, ViewSpec
-from loaders.errors import UserError
 from loaders.views import Recipe
 
 
@@ -53,11 +53,9 @@ class Config(MultiCrop):
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         self.validate_crops()
-        for name in ("temperature", "epsilon", "sinkhorn_iterations", "prototypes"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
-        if self.queue_size < 0:
-            raise UserError(f"--queue-size {self.queue_size}: 0 or more")
+        above_zero(self, "temperature", "epsilon")
+        at_least(self, 1, "dim", "projector_hidden", "prototypes", "sinkhorn_iterations")
+        at_least(self, 0, "queue_size")
 
 
 def views(config: Config, recipe: Recipe) -> ViewSpec:

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import random
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -118,8 +117,8 @@ def test_help_explains_every_option_of_the_method(name: str, capsys: pytest.Capt
 
 @every_method
 def test_it_runs_on_a_cpu_at_32_px(name: str) -> None:
-    """As the trainer builds it, on a ResNet-18."""
-    config = config_of(name)
+    """As the trainer builds it, on a ResNet-18 for small images."""
+    config = config_of(name, backbone="resnet18-cifar")
     method = make_method(config)
     loss, metrics = method(batch_of(make_views(config)))
     loss.backward()
@@ -229,6 +228,7 @@ NUMBERS: dict[str, tuple] = {
     "extra_crops": (0, 1),
     "extra_size": (None, 32),
     "num_local": (0, 2),
+    "num_views": (4, 2),
     "local_size": (32, 64),
     "local_scale": ((0.05, 0.14), (0.1, 0.3)),
     "alpha": (None, 0.4, 1.0),
@@ -239,6 +239,8 @@ NUMBERS: dict[str, tuple] = {
     "queue_from_epoch": (15, 0),
 }
 Options = dict[str, object]
+# Of the other options, how many differ from the default while a row is looked for: the fewer, the sooner it is taken.
+SHARES = (1.0, 1.0, 0.8, 0.8, 0.6, 0.6, 0.5, 0.5, 0.4, 0.4, 0.3, 0.3, 0.2, 0.2, 0.1, 0.1, 0.05, 0.05, 0.0)
 
 
 def choices(options_type: type) -> dict[str, tuple]:
@@ -271,21 +273,26 @@ def accepted(name: str, options: Options) -> bool:
     return True
 
 
-def together(options: Options, strength: int) -> set[tuple]:
-    return set(itertools.combinations(options.items(), min(strength, len(options))))
-
-
-def covering(rows: Sequence[Options], strength: int) -> list[Options]:
-    """Some of the rows, in which every `strength` values occur together that do so in any row."""
-    seen, chosen = set(), []
-    most = len(together(rows[0], strength))
-    for share in (2, 4, 8, 16, 32, most):  # the rows that bring most come first
-        for row in rows:
-            new = together(row, strength) - seen
-            if new and len(new) * share >= most:
-                chosen.append(row)
-                seen |= new
-    return chosen
+def covering(name: str, values: dict[str, tuple], strength: int) -> list[Options]:
+    """Options of the method in which every `strength` values occur together that validate() takes together."""
+    default = {option: getattr(config_of(name).method_options, option) for option in values}
+    drawn, strength = random.Random(0), min(strength, len(values))
+    wanted = [
+        tuple(zip(o, v, strict=True))
+        for o in itertools.combinations(values, strength)
+        for v in itertools.product(*(values[option] for option in o))
+    ]
+    drawn.shuffle(wanted)
+    seen, rows = set(), []
+    for some in wanted:
+        for others in () if some in seen else SHARES:
+            free = {o: drawn.choice(v) if drawn.random() < others else default[o] for o, v in values.items()}
+            row = free | dict(some)
+            if accepted(name, row):
+                rows.append(row)
+                seen.update(itertools.combinations(row.items(), strength))
+                break
+    return rows
 
 
 def one_step(name: str, options: Options) -> None:
@@ -311,13 +318,7 @@ def test_all_options_compose(name: str, strength: int) -> None:
     What it does not take must raise UserError there, and not when views, network or loss are made.
     """
     values = choices(methods.load(name).Config)
-    drawn = random.Random(0)
-    rows = [
-        row
-        for row in ({k: drawn.choice(v) for k, v in values.items()} for _ in range(2000 * strength**2))
-        if accepted(name, row)
-    ]
-    chosen = covering(rows, strength)
+    chosen = covering(name, values, strength)
     for row in chosen:
         try:
             one_step(name, row)
@@ -364,8 +365,8 @@ def test_resume_gives_the_same_losses_to_the_last_bit(
 ) -> None:
     monkeypatch.setattr(core, "backbone", lambda *_, **__: (TinyResNet(), TinyResNet.width))
     monkeypatch.setattr(logs, "save_curves", lambda *_: None)  # half of the time
-    config = config_of(name)
-    config = config_of(name, **{k: v for k, v in ACTIVE.items() if has(config, k)})
+    config = config_of(name, size=64)
+    config = config_of(name, size=64, **{k: v for k, v in ACTIVE.items() if has(config, k)})
     words = ["--method", name, "--data", str(beton), "--size", "64", "--blur", "0", "--batch-size", "8"]
     words += ["--epochs", "2", "--warmup-epochs", "0", "--log-every", "1"]
     for option, value in (OPTIONS | ACTIVE).items():

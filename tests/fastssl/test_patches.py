@@ -384,10 +384,10 @@ def test_views_that_do_not_divide_are_refused(variant: str, n: int, size: int, f
             patch_views(spec, options)
 
 
-@pytest.mark.parametrize("variant", ["encode", "sample-combine-encode", "sample-encode-combine"])
+@pytest.mark.parametrize("variant", ["encode", "sample-combine-encode", "sample-encode-combine", "montage"])
 def test_drawn_crops_are_for_two_views(variant: str) -> None:
     with pytest.raises(UserError, match=f"--patches {variant} is for methods with two views"):
-        fastsiam.views(fastsiam.Config(num_views=4, patches=variant), lambda K: RECIPES["imagenet"](K, 64))
+        fastsiam.Config(num_views=4, patches=variant).validate()
     spec = fastsiam.views(fastsiam.Config(num_views=2, patches=variant), lambda K: RECIPES["imagenet"](K, 64))
     assert len(spec.views) == 2 + Patches(patches=variant).num_drawn
 
@@ -396,7 +396,7 @@ def test_drawn_crops_are_for_two_views(variant: str) -> None:
 @pytest.mark.parametrize("options", [{"patches": "encode"}, {"patches": "montage"}, {"target_view": "same"}])
 def test_guided_stop_gradient_needs_predictions_of_the_views(module, options: dict) -> None:
     with pytest.raises(UserError, match="--guided guided"):
-        module.Config(guided="guided", **options).validate()
+        module.Config(guided="guided", guided_views=2, **options).validate()
     with pytest.raises(UserError, match=r"--guided random.*--extra-crops"):
         module.Config(guided="random", extra_crops=1).validate()
     for variant in ("off", "divide-encode-combine", "divide-combine-encode"):

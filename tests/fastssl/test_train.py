@@ -414,6 +414,7 @@ def test_a_run_on_a_gpu_learns_resumes_and_exports(beton: Path, val_beton: Path,
 @pytest.mark.parametrize(
     "options",
     [
+        "--method fastsiam --compile on",  # half a minute: the others run uncompiled
         *(f"--method {name}" for name in methods.available()),
         "--method fastmoco --combine-by beta --combine-weight 1",
         "--method fastmoco --patches sample-encode-combine",
@@ -445,8 +446,9 @@ def test_no_step_waits_for_the_gpu(beton: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Trainer, "_train_step", checked)
     monkeypatch.setattr(Trainer, "_log", allowed)
     # Not LARS, whose steps in fp16 wait by design (optim.make_optimizer).
-    small = "--backbone resnet18 --size 64 --batch-size 8 --epochs 2 --log-every 6 --max-steps 6 --optimizer sgd"
-    arguments = ["--data", beton, "--out", tmp_path / "run", "--device", "cuda", *small.split(), *options.split()]
+    small = "--backbone resnet18 --size 64 --batch-size 8 --epochs 2 --warmup-epochs 0 --log-every 6 --max-steps 6"
+    common = ["--device", "cuda", "--compile", "off", "--optimizer", "sgd", *small.split()]
+    arguments = ["--data", beton, "--out", tmp_path / "run", *common, *options.split()]
     assert train(*arguments) == 0
 
 
