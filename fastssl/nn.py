@@ -177,10 +177,6 @@ class _SplitBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        if len(x) % self.splits:
-            raise UserError(
-                f"a batch of {len(x)} images does not split into {self.splits} parts: change --bn-splits, --batch-size"
-            )
         self.num_batches_tracked.add_(1)
         # The parts become channels of their own.
         parts = x.unflatten(0, (-1, self.splits)).flatten(1, 2)

@@ -55,7 +55,7 @@ PRESETS: dict[str, Preset] = {}
 def load(name: str) -> Config:
     """The configuration of preset `name`. Raises UserError for an unknown one."""
     if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
+        raise unknown("preset", name, PRESETS, listing="fastssl-train --list")
     return PRESETS[name].make()
 
 

@@ -65,6 +65,8 @@ class Trainer:
                 f"--batch-size {config.data.batch_size} does not divide among {self.world.size} processes: "
                 f"use a multiple of {self.world.size}"
             )
+        if hasattr(config.method_options, "check_batch"):
+            config.method_options.check_batch(config.data.batch_size // self.world.size)
         # Everything that can be wrong with the input is found before anything is written.
         self.reader = open_data(config.data.data)
         self.val_reader = open_data(config.data.val) if config.data.val else None

@@ -14,9 +14,19 @@ class UserError(ValueError):
     """
 
 
-def unknown(what: str, name: str, choices: Iterable[str]) -> UserError:
-    """The error for a name that is not among `choices`, with the nearest one that is."""
+# More names than these do not fit on a line that one reads.
+_MANY = 30
+
+
+def unknown(what: str, name: str, choices: Iterable[str], *, listing: str = "") -> UserError:
+    """The error for a name that is not among `choices`, with the nearest one that is; of many names the nearest only,
+    and `listing`, the command that shows them all."""
     choices = list(choices)
+    if len(choices) > _MANY:
+        near = difflib.get_close_matches(name, choices, n=4, cutoff=0.5)
+        hints = [f"did you mean {' or '.join(map(repr, near))}?"] if near else []
+        hints += [f"{listing} shows all"] if listing else []
+        return UserError(f"unknown {what} {name!r}: {' '.join(hints)}")
     near = difflib.get_close_matches(name, choices, n=1)
     hint = f", did you mean {near[0]!r}?" if near else ","
     return UserError(f"unknown {what} {name!r}{hint} choose from: {', '.join(choices)}")

@@ -3,7 +3,8 @@
 A method module defines
 
     Config      a dataclass: the method's own options, each with its unit and source (they become command-line flags);
-                optionally validate() and check_network(backbone, size), which raise UserError
+                optionally validate(), check_network(backbone, size) and check_batch(images per process), which raise
+                UserError
     views       (config, recipe) -> ViewSpec: what the method asks of the loader; recipe(K) gives K large views
     Method      nn.Module, built with (backbone, width, config); it has
                     backbone                   what is trained, evaluated and exported

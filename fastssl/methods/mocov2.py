@@ -27,7 +27,7 @@ from fastssl.nn import Queue, encode_shuffled, encode_together, init_like_vit, m
 from fastssl.ops import feature_std, info_nce_queue, pair_loss
 from fastssl.options import above_zero, at_least
 from fastssl.progress import Progress
-from loaders import Batch, ViewSpec
+from loaders import Batch, UserError, ViewSpec
 from loaders.views import Recipe
 
 
@@ -60,6 +60,13 @@ class Config(MultiCrop, Momentum):
         self.validate_momentum()
         at_least(self, 1, "queue_size", "bn_splits", "dim", "projector_hidden")
         above_zero(self, "temperature")
+
+    def check_batch(self, num: int) -> None:
+        """Raise UserError if `num` images per process are not as many as the options need."""
+        if num % self.bn_splits:
+            raise UserError(
+                f"a batch of {num} images does not split into --bn-splits {self.bn_splits} parts: change one of them"
+            )
 
 
 def views(config: Config, recipe: Recipe) -> ViewSpec:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastssl import methods
+from fastssl.methods import mocov2
 from fastssl.nn import (
     Heads,
     Queue,
@@ -320,8 +321,8 @@ def test_split_batch_norm_goes_everywhere_and_needs_equal_parts() -> None:
     assert [m.splits for m in split.modules() if hasattr(m, "splits")] == [4, 4]
     assert list(split.state_dict()) == names
     assert not split[1][1].weight.requires_grad and split[1][1].bias.requires_grad
-    with pytest.raises(UserError, match=r"6 images does not split into 4 parts.*--bn-splits"):
-        split(torch.randn(6, 3, 2, 2))
+    with pytest.raises(UserError, match=r"6 images does not split into --bn-splits 4 parts"):
+        mocov2.Config(bn_splits=4).check_batch(6)
     assert split.eval()(torch.randn(6, 3, 2, 2)).shape == (6, 4, 2, 2)
 
 
