@@ -642,8 +642,8 @@ _NETTE_DINO = _NETTE | _EMA | {"lr": 0.06, "clip_norm": 3.0, "prototypes": 1024,
 _NETTE_CROPS = {"num_local": 6, "local_size": 32}
 _NETTE_GUIDED = _NETTE | {"guided_views": 2}
 _NETTE_ROWS: dict[str, tuple[Mapping[str, Any], str]] = {
-    "simsiam-imagenette-4ep": (_NETTE, "-"),
-    "fastsiam-imagenette-2ep": (_NETTE, "-"),
+    "simsiam-imagenette-4ep": (_NETTE, "37.6"),
+    "fastsiam-imagenette-2ep": (_NETTE, "35.7"),
     "byol-imagenette-4ep": (_NETTE | _EMA | {"lr": 0.06}, "-"),
     "mocov2-imagenette-4ep": (
         # At FastSiam's rate keys collapse while the queue still holds the random rows of its start.
@@ -651,18 +651,18 @@ _NETTE_ROWS: dict[str, tuple[Mapping[str, Any], str]] = {
         "-",
     ),
     "mocov3-imagenette-4ep": (_NETTE | _EMA | {"lr": 0.06, "temperature": 0.2}, "-"),
-    "fastmoco-imagenette-4ep": (_NETTE_FASTMOCO, "-"),
+    "fastmoco-imagenette-4ep": (_NETTE_FASTMOCO, "39.5"),
     "nnclr-imagenette-4ep": (_NETTE | {"lr": 0.06, "queue_size": 4096}, "-"),
     "swav-imagenette-4ep": (
         _NETTE | {"optimizer": "adam", "lr": 1e-3, "weight_decay": 1e-6, "prototypes": 512, "freeze_epochs": 0},
-        "-",
+        "35.3",
     ),
-    "dino-imagenette-4ep": (_NETTE_DINO, "-"),
-    "simsiam-guided-imagenette-4ep": (_NETTE_GUIDED | {"guided": "guided"}, "-"),
+    "dino-imagenette-4ep": (_NETTE_DINO, "35.7"),
+    "simsiam-guided-imagenette-4ep": (_NETTE_GUIDED | {"guided": "guided"}, "31.6"),
     "simsiam-random-imagenette-4ep": (_NETTE_GUIDED | {"guided": "random"}, "-"),
-    "simsiam-reversed-imagenette-4ep": (_NETTE_GUIDED | {"guided": "reversed"}, "-"),
+    "simsiam-reversed-imagenette-4ep": (_NETTE_GUIDED | {"guided": "reversed"}, "32.5"),
     "simsiam-patches-imagenette-4ep": (_NETTE | {"patches": "divide-encode-combine"}, "-"),
-    "fastmoco-off-imagenette-4ep": (_NETTE_FASTMOCO | {"patches": "off"}, "-"),
+    "fastmoco-off-imagenette-4ep": (_NETTE_FASTMOCO | {"patches": "off"}, "35.3"),
     "dino-multicrop-imagenette-4ep": (_NETTE_DINO | _NETTE_CROPS, "-"),
     "dino-sslight-imagenette-4ep": (
         _NETTE_DINO | _NETTE_CROPS | {"alpha": 0.4, "crop_min": 0.3, "local_scale": (0.05, 0.3)},
@@ -670,7 +670,8 @@ _NETTE_ROWS: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
 }
 for _name, (_values, _knn) in _NETTE_ROWS.items():
-    _add(_name, _values, source="ours, benchmarks/records", result=f"kNN {_knn} % (random initialisation: 30.8 %)")
+    _result = "not measured yet" if _knn == "-" else f"kNN {_knn} % (random initialisation: 30.8 %)"
+    _add(_name, _values, source="ours, benchmarks/records", result=_result)
 
 # ------------------------------------------------------------------ demo
 
