@@ -18,6 +18,7 @@ import tyro
 import yaml
 
 from fastssl import methods
+from fastssl.options import flag
 from loaders.errors import UserError
 
 
@@ -204,7 +205,7 @@ def validate(config: Config) -> None:
     need(optim.epochs >= 1, f"--epochs {optim.epochs}: at least 1")
     for name in ("optimizer", "no_decay", "schedule"):  # the command line checks them, a saved configuration does not
         given, known = getattr(optim, name), typing.get_args(typing.get_type_hints(Optim)[name])
-        need(given in known, f"--{name.replace('_', '-')} {given}: one of {', '.join(known)}")
+        need(given in known, f"{flag(name)} {given}: one of {', '.join(known)}")
     need(optim.lr > 0, f"--lr {optim.lr}: must be positive")
     need(optim.lr_batch_size >= 0, f"--lr-batch-size {optim.lr_batch_size}: images, or 0 to use --lr as it is")
     need(0 <= optim.momentum < 1, f"--momentum {optim.momentum}: in [0, 1)")

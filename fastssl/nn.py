@@ -149,7 +149,7 @@ def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm):
-                setattr(parent, name, _SplitBatchNorm(child, splits))
+                setattr(parent, name, SplitBatchNorm(child, splits))
     return module
 
 
@@ -163,7 +163,7 @@ def need_plain_batch_norm(module: nn.Module, flag: str) -> None:
             )
 
 
-class _SplitBatchNorm(nn.BatchNorm2d):
+class SplitBatchNorm(nn.BatchNorm2d):
     """State and evaluation of the BatchNorm that it replaces."""
 
     def __init__(self, norm: _BatchNorm, splits: int):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import feature_map
 from fastssl.ops import Owner, combine, divide, subsets
+from fastssl.options import flag
 from loaders import Batch, ViewSpec
 from loaders.errors import UserError
 
@@ -109,8 +110,8 @@ class Patches:
                 ) from error
         else:
             for name, idle in (("pairs", None), ("combine_by", "mean"), ("combine_after", "backbone")):
-                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                need(getattr(self, name) == idle, f"{flag}: --patches {self.patches} combines no features")
+                value = getattr(self, name)
+                need(value == idle, f"{flag(name)} {value}: --patches {self.patches} combines no features")
 
     @property
     def num_drawn(self) -> int:

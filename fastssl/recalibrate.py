@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.evaluate.features import centre_crops, spread
+from fastssl.nn import SplitBatchNorm
 from loaders.beton import Reader
 from loaders.dataset import Readers
 from loaders.errors import UserError
@@ -64,8 +65,8 @@ def recalibrated(
         norm.reset_running_stats()
         norm.momentum = None  # the average of all batches, each weighing the same
         norm.train()
-        if isinstance(norm, nn.SyncBatchNorm):
-            norm.__class__ = nn.BatchNorm2d  # it would wait for processes that are not here
+        if isinstance(norm, nn.SyncBatchNorm | SplitBatchNorm):
+            norm.__class__ = nn.BatchNorm2d  # no waiting for processes that are not here, no parts of a batch
     num = -(-images // batch_size)
     batch_size = images // num
     ids = spread(len(reader), num * batch_size)

@@ -120,7 +120,7 @@ class Trainer:
         method.to(self.device, memory_format=torch.channels_last)
         if config.model.sync_bn and self.world.size > 1:
             if self.device.type != "cuda":
-                raise UserError("--sync-bn needs CUDA: torch has no synchronised BatchNorm on CPUs")
+                raise UserError("--sync-bn needs CUDA, torch has none for CPUs: use --no-sync-bn")
             need_plain_batch_norm(method, "--sync-bn")
             method = self.method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
         self.base_lr = scaled_lr(config.optim, config.data.batch_size)

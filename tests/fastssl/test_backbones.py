@@ -18,6 +18,7 @@ from fastssl.backbones import backbone, check_size, feature_map
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import centre_crops, extract, spread
 from fastssl.export import load_weights
+from fastssl.nn import split_batch_norm
 from fastssl.recalibrate import recalibrated
 from fastssl.train import main
 from loaders import UserError
@@ -357,3 +358,13 @@ def test_a_run_reports_and_exports_both(beton: Path, val_beton: Path, tmp_path: 
     assert all(torch.equal(again[k], v) for k, v in other.items())
     assert main([*common, "--out", str(folder), "--overwrite", "--max-steps", "1"]) == 0
     assert not (folder / "weights-recalibrated.safetensors").exists()
+
+
+def test_split_batch_norm_is_recalibrated_as_a_plain_one(beton: Path) -> None:
+    """MoCo v2's parts of a batch are of training only: any number of images gives the statistics of all of them."""
+    torch.manual_seed(0)
+    net, _ = backbone("resnet18", size=32)
+    options = {"size": 32, "device": torch.device("cpu"), "images": 45}
+    plain = recalibrated(net, Reader(beton), **options).state_dict()
+    split = recalibrated(split_batch_norm(net, 4), Reader(beton), **options).state_dict()
+    assert all(torch.equal(plain[name], split[name]) for name in plain)
