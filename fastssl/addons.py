@@ -15,7 +15,7 @@ from torch import Tensor
 from fastssl.ops import Owner
 from fastssl.options import at_least, share
 from loaders import ViewSpec
-from loaders.views import with_local
+from loaders.views import Recipe, with_local
 
 # ------------------------------------------------------------------ guided stop-gradient
 
@@ -150,9 +150,9 @@ class MultiCrop:
         share(self, "alpha")
 
 
-def local_views(spec: ViewSpec, options: MultiCrop) -> ViewSpec:
-    """`spec` and its small views."""
-    return with_local(spec, options.num_local, options.local_size, options.local_scale)
+def multicrop_views(config: MultiCrop, recipe: Recipe) -> ViewSpec:
+    """Two large views, and L small ones."""
+    return with_local(recipe(2), config.num_local, config.local_size, config.local_scale)
 
 
 def rebalanced_weights(num_views: int, num_targets: int, alpha: float | None) -> list[list[float]]:

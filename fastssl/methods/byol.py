@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastssl.methods import simsiam
 from fastssl.momentum import Momentum, Schedule, ema_update, momentum_copy
-from fastssl.nn import OutputNorm, PredictorBias, encode, head_groups, make_heads
+from fastssl.nn import OutputNorm, PredictorBias, encode
 from fastssl.ops import feature_std, negative_cosine, pair_loss
 from fastssl.pairs import PairConfig, pair_views, pair_weights
 from fastssl.patches import predictions
@@ -57,14 +58,11 @@ class Config(PairConfig, Momentum):
 views = pair_views
 
 
-class Method(nn.Module):
-    """f, g, h, the momentum copies of f and g, and the loss."""
+class Method(simsiam.Method):
+    """SimSiam's networks, the momentum copies of f and g, and the loss."""
 
     def __init__(self, backbone: nn.Module, width: int, config: Config):
-        super().__init__()
-        self.config = config
-        self.backbone = backbone
-        self.projector, self.predictor = make_heads(width, config)
+        super().__init__(backbone, width, config)
         self.target_backbone = momentum_copy(self.backbone, config.target_init)
         self.target_projector = momentum_copy(self.projector, config.target_init)
 
@@ -84,6 +82,3 @@ class Method(nn.Module):
     def before_step(self, progress: Progress) -> None:
         pairs = [(self.target_backbone, self.backbone), (self.target_projector, self.projector)]
         ema_update(pairs, self.config.ema_at(progress))
-
-    def param_groups(self) -> list[dict]:
-        return head_groups(self)

@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.addons import MultiCrop, local_views, rebalanced_weights
+from fastssl.addons import MultiCrop, multicrop_views, rebalanced_weights
 from fastssl.momentum import Momentum, Schedule, ema_update, momentum_copy
 from fastssl.nn import WeightNormLinear, encode_together, init_like_vit, mlp
 from fastssl.ops import cross_entropy, feature_std, pair_loss
 from fastssl.options import above_zero, at_least, share
 from fastssl.progress import Progress
-from loaders import Batch, ViewSpec
-from loaders.views import Recipe
+from loaders import Batch
 
 
 @dataclass(kw_only=True)
@@ -71,9 +70,7 @@ class Config(MultiCrop, Momentum):
         share(self, "center_momentum")
 
 
-def views(config: Config, recipe: Recipe) -> ViewSpec:
-    """Two large views, and L small ones."""
-    return local_views(recipe(2), config)
+views = multicrop_views
 
 
 class Method(nn.Module):

@@ -21,14 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.addons import MultiCrop, local_views, rebalanced_weights
+from fastssl.addons import MultiCrop, multicrop_views, rebalanced_weights
 from fastssl.momentum import Momentum, ema_update, momentum_copy
 from fastssl.nn import Queue, encode_shuffled, encode_together, init_like_vit, mlp, split_batch_norm
 from fastssl.ops import feature_std, info_nce_queue, pair_loss
 from fastssl.options import above_zero, at_least
 from fastssl.progress import Progress
-from loaders import Batch, UserError, ViewSpec
-from loaders.views import Recipe
+from loaders import Batch, UserError
 
 
 @dataclass(kw_only=True)
@@ -69,9 +68,7 @@ class Config(MultiCrop, Momentum):
             )
 
 
-def views(config: Config, recipe: Recipe) -> ViewSpec:
-    """Two large views, and L small ones."""
-    return local_views(recipe(2), config)
+views = multicrop_views
 
 
 class Method(nn.Module):

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.addons import MultiCrop, local_views, rebalanced_weights
+from fastssl.addons import MultiCrop, multicrop_views, rebalanced_weights
 from fastssl.nn import Queue, encode_together, mlp
 from fastssl.ops import cross_entropy, feature_std, pair_loss, sinkhorn
 from fastssl.options import above_zero, at_least
 from fastssl.progress import Progress
-from loaders import Batch, ViewSpec
-from loaders.views import Recipe
+from loaders import Batch
 
 
 @dataclass(kw_only=True)
@@ -58,9 +57,7 @@ class Config(MultiCrop):
         at_least(self, 0, "queue_size")
 
 
-def views(config: Config, recipe: Recipe) -> ViewSpec:
-    """Two large views, and L small ones."""
-    return local_views(recipe(2), config)
+views = multicrop_views
 
 
 class Method(nn.Module):

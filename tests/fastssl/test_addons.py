@@ -21,7 +21,7 @@ from fastssl.addons import (
     guide_mean,
     guided_weights,
     guided_weights_4,
-    local_views,
+    multicrop_views,
     rebalanced_weights,
     spread,
 )
@@ -252,12 +252,12 @@ def test_ends_of_alpha_drop_pairs_entirely() -> None:
 
 def test_small_views_come_after_the_large_ones() -> None:
     spec = views.byol(224)
-    found = local_views(spec, MultiCrop(num_local=6, local_size=128, local_scale=(0.05, 0.3)))
+    found = multicrop_views(MultiCrop(num_local=6, local_size=128, local_scale=(0.05, 0.3)), lambda _: spec)
     assert found.views[:2] == spec.views
     assert found.sizes == (224, 224) + (128,) * 6
     assert {v.scale for v in found.views[2:]} == {(0.05, 0.3)}
     assert {v.blur_p for v in found.views[2:]} == {0.5} and {v.solarize_p for v in found.views[2:]} == {0.0}
-    assert local_views(spec, MultiCrop()) == spec
+    assert multicrop_views(MultiCrop(), lambda _: spec) == spec
 
 
 @pytest.mark.parametrize(
