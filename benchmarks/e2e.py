@@ -71,13 +71,13 @@ def measure(config: Config, trainer: Trainer) -> Report:
         for number in range(config.repeats + 1):
             for name in batches:
                 for _ in range(len(loader.slots) + 1):
-                    trainer._train_step(next(batches[name]))
+                    trainer._advance(next(batches[name]))
                 synchronize()
                 before, network_before, start = loader.stats.snapshot(), clock.take(), time.perf_counter()
                 for _ in range(config.steps):
                     batch = next(batches[name])
                     with clock:
-                        trainer._train_step(batch)
+                        trainer._advance(batch)
                 synchronize()
                 if number == 0:  # compiles, warms up
                     continue

@@ -132,8 +132,9 @@ class Run:
     """Throw away the run that --out holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if there is one."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Half precision. auto: bf16 where the device has it, fp16 with loss scaling on Turing GPUs, off elsewhere."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the network's products and activations; reductions and losses are in fp32 always. auto: bf16 where the device
+    has it, fp16 with loss scaling on Turing GPUs, fp32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for backbone and heads. auto: on CUDA only (on a CPU it gains nothing and needs a compiler)."""
     max_steps: int | None = None

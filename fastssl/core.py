@@ -62,13 +62,13 @@ def pick_precision(name: str, device: torch.device) -> Precision:
             # bf16 "works" on Turing by emulation, several times slower than fp16: ask for the real thing.
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         else:
-            name = "bf16" if cpu_has_bf16() else "off"
+            name = "bf16" if cpu_has_bf16() else "fp32"
     if name == "fp16" and device.type != "cuda":
-        raise UserError("--amp fp16 needs a GPU: use bf16 or off on a CPU")
+        raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     return {
         "bf16": Precision(torch.bfloat16, False),
         "fp16": Precision(torch.float16, True),
-        "off": Precision(None, False),
+        "fp32": Precision(None, False),
     }[name]
 
 

@@ -1,6 +1,6 @@
-"""fastssl-train: build, loop, checkpoint. The only `optimizer.step()` of the project.
+"""fastssl-train: build, loop, checkpoint.
 
-    for each step:  views -> method -> loss -> backward -> one fused step of the optimiser
+    for each step:  views -> method -> loss -> backward -> one fused step of the optimiser (`fastssl.step`)
 
 Nothing in the loop waits for the device except the logging step (`--log-every`) and the checkpoint.
 """
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.nn.parallel import DistributedDataParallel
 
 import fastssl
 from fastssl import bottleneck, checkpoint, dist, export
@@ -32,11 +31,10 @@ from fastssl.config import Config
 from fastssl.core import make_method, make_views, pick_device, pick_precision
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract
-from fastssl.nn import need_plain_batch_norm
-from fastssl.optim import lr_at, make_optimizer, scaled_lr, set_lr, set_weight_decay, weight_decay_at
 from fastssl.progress import Progress
 from fastssl.recalibrate import NAME as RECALIBRATED
 from fastssl.recalibrate import recalibrated
+from fastssl.step import Step
 from loaders import Batch, Loader
 from loaders.dataset import open_data
 from loaders.errors import UserError
@@ -59,7 +57,7 @@ class Trainer:
         self.world = dist.init(self.device.type)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.precision = pick_precision(config.run.amp, self.device)
+        self.precision = pick_precision(config.run.precision, self.device)
         if config.data.batch_size % self.world.size:
             raise UserError(
                 f"--batch-size {config.data.batch_size} does not divide among {self.world.size} processes: "
@@ -81,7 +79,7 @@ class Trainer:
         else:
             check_folder(self.folder, config.run.overwrite)
         self.loader = self._open_loader()
-        self._build()
+        self.train_step = Step(config, self.method, self.device, self.world)
         self.clock = bottleneck.StepClock(self.device)
         self.reported = -math.inf  # when the bottleneck report was last shown
         self.step = 0  # steps done
@@ -115,26 +113,6 @@ class Trainer:
                 on_bad_sample=data.on_bad_sample,
             )
 
-    def _build(self) -> None:
-        config, method = self.config, self.method
-        method.to(self.device, memory_format=torch.channels_last)
-        if config.model.sync_bn and self.world.size > 1:
-            if self.device.type != "cuda":
-                raise UserError("--sync-bn needs CUDA, torch has none for CPUs: use --no-sync-bn")
-            need_plain_batch_norm(method, "--sync-bn")
-            method = self.method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
-        self.base_lr = scaled_lr(config.optim, config.data.batch_size)
-        self.optimizer = make_optimizer(method, config.optim, self.base_lr)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scale)
-        if config.run.compile == "on" or (config.run.compile == "auto" and self.device.type == "cuda"):
-            # The parts, not the whole: one graph serves all K views, and checkpoints keep their names.
-            for child in method.children():
-                child.compile()
-        self.forward = method
-        if self.world.size > 1:
-            # BatchNorm's running statistics stay each process's own; the first one's are saved.
-            self.forward = DistributedDataParallel(method, broadcast_buffers=False)
-
     @property
     def steps_per_epoch(self) -> int:
         return len(self.loader)
@@ -166,7 +144,7 @@ class Trainer:
                 self._begin_epoch()
                 for batch in self.loader.epoch(epoch, first, ahead=epoch + 1 < config.optim.epochs):
                     with self.clock:
-                        metrics = self._train_step(batch)
+                        metrics = self._advance(batch)
                     if self.step % config.run.log_every == 0 or self.step == self.total_steps:
                         self._log(metrics)
                     if self.step >= self.total_steps or self.stopping:
@@ -198,34 +176,13 @@ class Trainer:
                 signal.signal(number, handler)
         return self._finish()
 
-    def _train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _advance(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One step; returns the method's metrics, still on the device."""
-        optim, per_epoch = self.config.optim, self.steps_per_epoch
-        progress = Progress(self.step, optim.epochs * per_epoch, per_epoch)
-        set_lr(self.optimizer, lr_at(optim, self.base_lr, self.step, per_epoch))
-        if optim.weight_decay_end is not None:
-            set_weight_decay(self.optimizer, weight_decay_at(optim, self.step, per_epoch))
-        self._hook("before_step", progress)
-        with self.precision.autocast(self.device):
-            loss, metrics = self.forward(batch)
-        self.scaler.scale(loss).backward()
-        if optim.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.method.parameters(), optim.clip_norm)  # does not wait for the device
-        self._hook("after_backward", progress)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._hook("after_step", progress)
+        per_epoch = self.steps_per_epoch
+        progress = Progress(self.step, self.config.optim.epochs * per_epoch, per_epoch)
+        self.last_loss, metrics = self.train_step(batch, progress)
         self.step += 1
-        self.last_loss = loss.detach()
         return metrics
-
-    def _hook(self, name: str, progress: Progress) -> None:
-        """Call the method's `before_step`, `after_backward` or `after_step`, if it has it."""
-        hook = getattr(self.method, name, None)
-        if hook is not None:
-            hook(progress)
 
     def _log(self, metrics: dict[str, torch.Tensor]) -> None:
         """The one place in the loop that waits for the device."""
@@ -240,7 +197,7 @@ class Trainer:
             "epoch": self.step / self.steps_per_epoch,
             "loss": loss,
             **{name: value.item() for name, value in metrics.items()},
-            "lr": lr_at(self.config.optim, self.base_lr, self.step - 1, self.steps_per_epoch),
+            "lr": self.train_step.lr(self.step - 1, self.steps_per_epoch),
             "images_per_s": images_per_s,
             "views_per_s": images_per_s * self.spec.K,
             "wait_share": (stats["wait"] - self.marked_wait) / seconds,
@@ -322,7 +279,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise NonFiniteLoss(
                 f"the loss is {loss} at step {self.step} (epoch {self.step / self.steps_per_epoch:.2f}); the last good "
-                f"checkpoint is kept in {self.folder}: lower --lr (now {self.base_lr:g} at this batch size)"
+                f"checkpoint is kept in {self.folder}: lower --lr (now {self.train_step.base_lr:g} at this batch size)"
             )
         return loss
 
@@ -382,7 +339,7 @@ class Trainer:
             if not all(p.isfinite().all() for p in self.method.parameters()):
                 raise NonFiniteLoss(
                     f"weights are not finite after step {self.step}; the last good checkpoint stays in {self.folder}: "
-                    "lower --lr or use --amp off"
+                    "lower --lr or use --precision fp32"
                 )
             with self._off_the_clock():
                 checkpoint.save(self.folder, self._state())
@@ -398,9 +355,7 @@ class Trainer:
             "seconds": self.seconds,
             "best_knn": self.best_knn,
             "last_knn": self.last_knn,
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.train_step.state_dict(),
             "threads": torch.get_num_threads(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -416,9 +371,7 @@ class Trainer:
                 f"{self.config.data.data} holds {len(self.reader)} images, the run in {self.folder} began with "
                 f"{state['num_samples']}: resume with the same data"
             )
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.train_step.load_state_dict(state)
         torch.set_rng_state(state["rng"])
         if self.device.type == "cpu":
             # Sums are split among the threads: another number of them would change the losses' last bits.
@@ -462,7 +415,7 @@ class Trainer:
         self.log.say(
             f"{config.model.method}, {config.model.backbone} ({count / 1e6:.1f} M parameters), "
             f"{len(self.reader)} images, {self.spec.K} views of {config.data.size} px, batch {config.data.batch_size}, "
-            f"learning rate {self.base_lr:g}, {config.optim.epochs} epochs of {self.steps_per_epoch} steps"
+            f"learning rate {self.train_step.base_lr:g}, {config.optim.epochs} epochs of {self.steps_per_epoch} steps"
         )
         processes = f", {self.world.size} processes" if self.world.size > 1 else ""
         self.log.say(f"{name}, {self.precision}{processes}; run folder {self.folder}")

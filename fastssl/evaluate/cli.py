@@ -43,7 +43,7 @@ class Common:
     """Of the random initialisation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if there is one."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Half precision, as in training."""
     workers: int | None = None
     """Decoding threads. None: by the machine."""
@@ -66,7 +66,7 @@ def evaluate_weights(common: Common, name: str, config: Any) -> dict[str, dict[s
     net, random_net, size = load_backbone(common.weights, common.backbone, common.size, common.seed)
     if common.recalibrate_bn and not has_batch_norm(net):
         raise UserError("--recalibrate-bn: this network has no BatchNorm, leave it out")
-    precision = pick_precision(common.amp, device)
+    precision = pick_precision(common.precision, device)
     nets = {"weights": net.to(device, memory_format=torch.channels_last)}
     if common.recalibrate_bn:
         options = {"device": device, "amp_dtype": precision.dtype, "workers": common.workers}

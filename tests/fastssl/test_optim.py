@@ -46,7 +46,7 @@ def small(beton: Path | str, folder: Path | str, **fields: object) -> Config:
     """Two epochs of three steps of SimSiam."""
     config = configs.replace(
         configs.typed_config("simsiam")(), method="simsiam", data=str(beton), out=folder, backbone="resnet18", size=32,
-        batch_size=16, epochs=2, lr=0.1, lr_batch_size=0, dim=32, predictor_hidden=8, device="cpu", amp="off",
+        batch_size=16, epochs=2, lr=0.1, lr_batch_size=0, dim=32, predictor_hidden=8, device="cpu", precision="fp32",
         workers=1,
     )  # fmt: skip
     return configs.replace(config, **fields)
@@ -533,7 +533,7 @@ def test_the_trainer_follows_both_schedules(beton: Path, tmp_path: Path, monkeyp
 
     def after_step(self: nn.Module, progress: Progress) -> None:
         del self, progress
-        groups = trainer.optimizer.param_groups
+        groups = trainer.train_step.optimizer.param_groups
         (lr,) = {g["lr"] for g in groups if not g["fixed_lr"]}
         (decay,) = {g["weight_decay"] for g in groups if g["decay"]}
         found.append((lr, {g["lr"] for g in groups if g["fixed_lr"]}, decay))
@@ -566,7 +566,7 @@ def test_loss_scaling_does_not_change_the_step(clip_norm: float | None, beton: P
         config = small(beton, tmp_path / str(scale), clip_norm=clip_norm)
         trainer = Trainer(config, Console(quiet=True))
         if scale:
-            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            trainer.train_step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         trainer.run()
         methods.append(trainer.method)
     for (name, a), (_, b) in zip(methods[0].named_parameters(), methods[1].named_parameters(), strict=True):
@@ -575,12 +575,12 @@ def test_loss_scaling_does_not_change_the_step(clip_norm: float | None, beton: P
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize(("optimizer", "amp"), [("sgd", "fp16"), ("adamw", "fp16"), ("lars", "bf16")])
+@pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "fp16"), ("adamw", "fp16"), ("lars", "bf16")])
 def test_no_optimizer_waits_for_the_gpu(
-    optimizer: str, amp: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, precision: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clipping, both schedules and every kind of group, without a synchronisation."""
-    step = Trainer._train_step
+    step = Trainer._advance
 
     def checked(self: Trainer, batch: object) -> object:
         torch.cuda.set_sync_debug_mode("error" if self.step >= 2 else "default")
@@ -589,6 +589,6 @@ def test_no_optimizer_waits_for_the_gpu(
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Trainer, "_train_step", checked)
-    fields = {"device": "cuda", "amp": amp, "compile": "off", "log_every": 6, "no_decay": "1d", "clip_norm": 1.0}
-    run(small(beton, tmp_path / "run", optimizer=optimizer, lr=1e-3, weight_decay_end=0.4, **fields))
+    monkeypatch.setattr(Trainer, "_advance", checked)
+    fields = {"device": "cuda", "precision": precision, "compile": "off", "log_every": 6, "no_decay": "1d"}
+    run(small(beton, tmp_path / "run", optimizer=optimizer, lr=1e-3, weight_decay_end=0.4, clip_norm=1.0, **fields))

@@ -275,7 +275,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(
     beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    arguments = ["--data", beton, "--out", folder, *SMALL, "--amp", "off", "--checkpoint-minutes", "0.00001"]
+    arguments = ["--data", beton, "--out", folder, *SMALL, "--precision", "fp32", "--checkpoint-minutes", "0.00001"]
     assert train(*arguments, "--max-steps", "3") == 0
     good = (folder / "checkpoint.pt").read_bytes()
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -364,13 +364,13 @@ def test_two_processes_see_the_order_of_one(beton: Path, tmp_path: Path) -> None
     script.write_text(
         "import json, os, sys\n"
         "from fastssl import train\n"
-        "seen, step = [], train.Trainer._train_step\n"
+        "seen, step = [], train.Trainer._advance\n"
         "def probe(self, batch):\n"
         "    metrics = step(self, batch)\n"
         "    weight = self.method.projector[0].weight.double().sum().item()\n"
         "    seen.append((batch.index.tolist(), weight))\n"
         "    return metrics\n"
-        "train.Trainer._train_step = probe\n"
+        "train.Trainer._advance = probe\n"
         "status = train.main(sys.argv[1:])\n"
         "json.dump(seen, open(os.path.join(os.path.dirname(__file__), os.environ.get('RANK', 'one') + '.json'), 'w'))\n"
         "sys.exit(status)\n"
@@ -394,11 +394,13 @@ def test_two_processes_see_the_order_of_one(beton: Path, tmp_path: Path) -> None
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
-def test_a_run_on_a_gpu_learns_resumes_and_exports(beton: Path, val_beton: Path, tmp_path: Path, amp: str) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_run_on_a_gpu_learns_resumes_and_exports(
+    beton: Path, val_beton: Path, tmp_path: Path, precision: str
+) -> None:
     """AMP with and without loss scaling, compiled parts, device augmentation, the kNN monitor, resume, export."""
     folder = tmp_path / "run"
-    monitor = ("--val", val_beton, "--knn-k", "5", "--device", "cuda", "--amp", amp)
+    monitor = ("--val", val_beton, "--knn-k", "5", "--device", "cuda", "--precision", precision)
     assert small_run(beton, folder, *monitor, "--max-steps", "7") == 0
     assert train("--out", folder, "--resume", "--max-steps", "12") == 0
     assert sorted(losses(folder)) == list(range(1, 13))
@@ -430,7 +432,7 @@ def test_no_step_waits_for_the_gpu(beton: Path, tmp_path: Path, monkeypatch: pyt
     """Between logging steps nothing synchronises, in any method: torch raises if something does."""
     from fastssl.train import Trainer
 
-    step, log = Trainer._train_step, Trainer._log
+    step, log = Trainer._advance, Trainer._log
 
     def checked(self, batch):
         torch.cuda.set_sync_debug_mode("error" if self.step >= 2 else "default")  # the first steps compile
@@ -443,7 +445,7 @@ def test_no_step_waits_for_the_gpu(beton: Path, tmp_path: Path, monkeypatch: pyt
         torch.cuda.set_sync_debug_mode("default")
         log(self, metrics)
 
-    monkeypatch.setattr(Trainer, "_train_step", checked)
+    monkeypatch.setattr(Trainer, "_advance", checked)
     monkeypatch.setattr(Trainer, "_log", allowed)
     # Not LARS, whose steps in fp16 wait by design (optim.make_optimizer).
     small = "--backbone resnet18 --size 64 --batch-size 8 --epochs 2 --warmup-epochs 0 --log-every 6 --max-steps 6"
