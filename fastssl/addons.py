@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastssl.ops import Owner
+from fastssl.ops import Owner, at_least_fp32
 from fastssl.options import at_least, share
 from loaders import ViewSpec
 from loaders.views import Recipe, with_local
@@ -61,7 +61,7 @@ def closest_views(z_KBD: Tensor, other_KBD: Tensor, mode: str = "guided") -> tup
     if mode == "random":
         pick_B = torch.randint(K * K, (B,), device=z_KBD.device)
     else:
-        z_KBD, other_KBD = z_KBD.float(), other_KBD.float()
+        z_KBD, other_KBD = at_least_fp32(z_KBD), at_least_fp32(other_KBD)
         d_KKB = torch.stack([torch.linalg.vector_norm(z - other_KBD, dim=-1) for z in z_KBD])
         d_B, places = d_KKB.flatten(0, 1), torch.arange(K * K, device=z_KBD.device)[:, None]
         # argmin may name any of several equal places.

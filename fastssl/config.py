@@ -74,8 +74,14 @@ class Model:
     drop_path: float = 0.0
     """Probability that an image skips the last block in training, falling linearly to 0 at the first one: stochastic
     depth (SSLight's DINO with a ViT: .1). ViTs and models of timm; never in momentum targets."""
+    bn_statistics: Literal["view", "joint"] = "view"
+    """Whose statistics BatchNorm uses where a method encodes views one by one: each view's own (view), or those of all
+    views of a size together (joint). SwAV and DINO are joint in any case."""
     sync_bn: bool = False
-    """BatchNorm statistics over all processes (CUDA only; SimSiam section 3 uses it on 8 GPUs)."""
+    """BatchNorm statistics over all processes (SimSiam section 3 uses it on 8 GPUs)."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each of the backbone's blocks for the backward pass and compute the rest again: a fraction
+    of the memory for about a third more computing, with the same results."""
 
 
 @dataclass(kw_only=True)
@@ -135,8 +141,17 @@ class Run:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the network's products and activations; reductions and losses are in fp32 always. auto: bf16 where the device
     has it, fp16 with loss scaling on Turing GPUs, fp32 elsewhere."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for backbone and heads. auto: on CUDA only (on a CPU it gains nothing and needs a compiler)."""
+    compile: Literal["auto", "on", "off", "reduce-overhead"] = "auto"
+    """torch.compile for the backbone, and for heads and loss as one graph. auto: on CUDA only (on a CPU it gains little
+    and needs a compiler). reduce-overhead: with CUDA graphs, for small images and networks; takes more memory."""
+    micro_batch: int | None = None
+    """Images (of a process) that go through the network at a time: batches that are too large for the card. Losses and
+    gradients are those of the whole batch, whatever the method, with BatchNorm over this many images. None: all."""
+    plan: bool = False
+    """Train nothing: measure the parts of this run for some seconds and say what it will cost (hours, memory, disk),
+    here and on other cards."""
+    fit: float | None = None
+    """Hours that the run may take: --plan, and which epochs, views and sizes meet them."""
     max_steps: int | None = None
     """Stop after this many steps in all (the learning rate still follows --epochs). None: run to the end."""
     log_every: int = 10
@@ -231,6 +246,8 @@ def validate(config: Config) -> None:
     need(run.checkpoint_minutes >= 0, f"--checkpoint-minutes {run.checkpoint_minutes}: 0 or more")
     need(run.knn_k >= 1 and run.knn_temperature > 0, "--knn-k must be at least 1 and --knn-temperature positive")
     need(run.recalibrate_bn == 0 or run.recalibrate_bn >= 2, f"--recalibrate-bn {run.recalibrate_bn}: 2 images or more")
+    need(run.fit is None or run.fit > 0, f"--fit {run.fit}: hours, above 0")
+    need(run.micro_batch is None or run.micro_batch >= 2, f"--micro-batch {run.micro_batch}: 2 images or more")
     need(run.max_steps is None or run.max_steps >= 1, f"--max-steps {run.max_steps}: at least 1")
     need(
         not (run.resume and run.overwrite),

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from fastssl import methods
+from fastssl.activation_checkpointing import checkpoint_activations
 from fastssl.backbones import backbone, check_size
 from fastssl.config import Config
+from fastssl.nn import group_batch_norm, need_plain_batch_norm
 from fastssl.recalibrate import has_batch_norm
 from loaders import ViewSpec
 from loaders.errors import UserError
@@ -103,4 +105,10 @@ def make_method(config: Config) -> nn.Module:
         config.method_options.check_network(net, config.data.size)
     if config.run.recalibrate_bn and not has_batch_norm(net):
         raise UserError(f"--recalibrate-bn: {model.backbone} has no BatchNorm, leave it out")
-    return methods.load(config.model.method).Method(net, width, config.method_options)
+    if model.activation_checkpointing:
+        checkpoint_activations(net, model.backbone)
+    method = methods.load(config.model.method).Method(net, width, config.method_options)
+    joint = model.bn_statistics == "joint"
+    if joint or model.sync_bn:
+        need_plain_batch_norm(method, "--sync-bn" if model.sync_bn else "--bn-statistics joint")
+    return group_batch_norm(method, joint=joint, sync=model.sync_bn)

@@ -1,27 +1,38 @@
-"""What a run costs before it is run: view passes, and floating-point operations counted on the meta device.
+"""What a run costs before it is run: view passes, floating-point operations, memory traffic and memory, counted on
+tensors that have no memory.
 
-Nothing is tabled: the method's own forward pass says which images go through the backbone, at which size, and whether a
-gradient comes back.
+Nothing is tabled. `cost` is quick and for lists: the method's own forward pass says which images go through the
+backbone, at which size, and whether a gradient comes back. `work` goes through a whole training step, operation by
+operation.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fastssl import config as configs
 from fastssl import methods
 from fastssl.backbones import backbone
 from fastssl.config import Config
-from fastssl.core import make_views
+from fastssl.core import make_method, make_views
+from fastssl.nn import GroupedBatchNorm
+from fastssl.progress import Progress
+from fastssl.step import Step
 from loaders import Batch, ViewSpec
+from loaders.augment import divide
 
 # An assumption, not a measurement: 500 ResNet-50 views of 224 px per second, forward and backward, in fp16.
 ASSUMED_CARD, ASSUMED_FLOPS_PER_S = "RTX 2080 Ti", 12.3e12
@@ -123,3 +134,107 @@ class _Noted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.note(x)
         return self.features.expand(len(x), -1)
+
+
+# ------------------------------------------------------------------ one step, operation by operation
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one training step asks of the device if every operation is done by itself, as eager torch does them."""
+
+    flops: float
+    """Floating-point operations per image, forward and backward, a multiplication and an addition counting as two."""
+    bytes: float
+    """Memory traffic per image: what every operation reads and writes."""
+    peak: float
+    """Most memory that is in use at once during the step, bytes: weights, gradients, optimiser, activations."""
+
+
+def work(config: Config) -> Work:
+    """`Work` of a step of `config`, with half precision where autocast has it: counted on tensors without memory.
+
+    It is the run's own `Step`, so that momentum copies, micro-batches and recomputed activations count as they are.
+    """
+    config = configs.replace(config, precision="bf16", compile="off", sync_bn=False)
+    spec, num = make_views(config), config.data.batch_size
+    cpu = torch.device("cpu")  # where fake tensors pretend to be: autocast does not know the meta device
+    with torch.device("meta"):
+        method = make_method(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a real step would say, it says when it is run
+        method.to_empty(device=cpu)
+        method.to = lambda *_, **__: method  # is there already, and fake weights cannot be converted
+        step = Step(config, method, cpu)
+        for m in step.method.modules():
+            if isinstance(m, GroupedBatchNorm):
+                m.joint, m.splits, m.images = True, 1, None  # groups move as many bytes as one, once they are fused
+        views = [torch.empty(num, size, size, 3).permute(0, 3, 1, 2).bfloat16() for size in spec.sizes]
+        tiles = [divide(view, spec.divide) for view in views] if spec.divide > 1 else None
+        batch = Batch(views, tiles, torch.arange(num), torch.zeros(num, dtype=torch.int64))
+        with Meter((step.method.state_dict(), step.optimizer.state_dict(), views, tiles)) as meter:
+            step(batch, Progress(0, 1, 1))
+    return Work(meter.flops / num, meter.bytes / num, meter.peak)
+
+
+class Meter(TorchDispatchMode):
+    """Adds up floating-point operations, memory traffic and living memory of everything that is computed inside.
+
+    Convolutions and matrix products touch each operand once. BatchNorm goes over what it reads twice, as it needs the
+    statistics first. Views, copies of nothing and allocations cost nothing. `existing`: tensors, in containers, whose
+    memory is in use from the beginning.
+    """
+
+    def __init__(self, existing: Any = ()) -> None:
+        super().__init__()
+        self.flops, self.bytes, self.peak = 0, 0, 0
+        self._living: dict[int, int] = {}  # bytes by storage
+        self._in_use = 0
+        self._note(existing)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._note(out)
+        packet = func.overloadpacket
+        if packet is aten.convolution_backward:
+            self.flops += _convolution_backward(*args)
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        if not func.is_view and packet not in _FREE:
+            self.bytes += (2 if packet in _TWICE else 1) * _bytes((args, kwargs)) + _bytes(out)
+        return out
+
+    def _note(self, values: Any) -> None:
+        """Memory that is not known yet is in use until it is freed."""
+        for tensor in _tensors(values):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._living:
+                self._living[storage._cdata] = storage.nbytes()
+                self._in_use += storage.nbytes()
+                self.peak = max(self.peak, self._in_use)
+                weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _forget(self, key: int) -> None:
+        self._in_use -= self._living.pop(key)
+
+
+aten, prim = torch.ops.aten, torch.ops.prim
+_FREE = {prim.device, aten.detach, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
+_FREE |= {aten.new_empty_strided, aten._unsafe_view, aten.as_strided_}
+_TWICE = {aten.native_batch_norm, aten.native_batch_norm_backward, aten._native_batch_norm_legit}
+
+
+def _convolution_backward(grad: Tensor, _x: Tensor, weight: Tensor, *rest: Any) -> int:
+    """Operations of the gradients that are asked for. (torch's own count takes grouped convolutions for dense ones.)"""
+    *_, mask = rest
+    return 2 * grad.numel() * weight[0].numel() * sum(mask[:2])
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers."""
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _bytes(values: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +120,21 @@ def sum_over_processes(x: Tensor) -> Tensor:
 def mean_over_processes(x: Tensor) -> Tensor:
     """The mean of every process's `x`, without gradient."""
     return sum_over_processes(x) / size()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its mean over the processes, in one message for each type."""
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            by_type.setdefault(p.grad.dtype, []).append(p.grad)
+    for grads in by_type.values():
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= size()
+        means = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [mean.view_as(g) for mean, g in zip(means, grads, strict=True)])
 
 
 def own_rows(num: int, device: torch.device) -> Tensor:

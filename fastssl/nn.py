@@ -5,8 +5,9 @@ Legend: B images of this process, K views, D features, N rows of all processes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,74 +123,187 @@ def head_groups(method: nn.Module) -> list[dict]:
 # ------------------------------------------------------------------ BatchNorm groups
 
 
-def encode(net: nn.Module, head: nn.Module, views: Iterable[Tensor]) -> Tensor:
-    """z_KBD = head(net(view)) for each view by itself, so that each has its own BatchNorm statistics."""
-    return torch.stack([head(net(view)) for view in views])
+class GroupedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose batch falls into groups with statistics of their own, as if each went through by itself.
+
+    Rows are [V, P, B]: V views, P parts of each (tiles, combinations), B images. A group is all parts of one view of
+    `images` images, or of all; running statistics follow the groups one after another. State dict as BatchNorm's.
+    """
+
+    views = parts = 1  # V and P of the rows that come next: see `in_groups`
+    images: int | None = None  # images per group (micro-batches); None: all
+    splits = 1  # these are dealt out to as many groups, one after another (MoCo's code)
+    joint = False  # one group for all views
+    sync = False  # groups reach over all processes
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """[N, C, ...]"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        views, parts = (1, self.views * self.parts) if self.joint else (self.views, self.parts)
+        num = len(x) // (views * parts)
+        batches = num // min(num, self.images or num)
+        groups = views * batches * self.splits
+        if not _frozen:
+            self.num_batches_tracked.add_(views * batches)
+        apart = (parts > 1 and batches > 1) or self.splits > 1  # a group's rows are not neighbours
+        if apart or self._synced or (groups > 1 and torch.compiler.is_compiling()):
+            return self._in_one_pass(x, (views, parts, batches, -1, self.splits))
+        if groups == 1:
+            return self._plain(x)
+        out: list[Tensor] = [x] * groups  # replaced below, batch after batch as separate passes would come
+        each = x.chunk(groups)
+        for i in (view * batches + batch for batch in range(batches) for view in range(views)):
+            out[i] = self._plain(each[i])
+        return torch.cat(out)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        running = (None, None) if _frozen else (self.running_mean, self.running_var)
+        return F.batch_norm(x, *running, self.weight, self.bias, True, self._rate, self.eps)
+
+    def _in_one_pass(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The same in plain operations, which a compiler fuses with what follows. `shape` is [V, P, batches, B, S]."""
+        rows = x if x.dtype == torch.float64 else x.float()
+        rows = rows.view(*shape, *x.shape[1:])
+        inside = (1, 3, *range(6, rows.ndim))
+        var, mean = torch.var_mean(rows, inside, correction=0, keepdim=True)
+        count = rows.numel() // mean.numel()
+        if self._synced:
+            count *= dist.size()
+            mean_R, var_R = dist.gather_with_grad(torch.stack([mean, var])[None]).unbind(1)
+            mean = mean_R.mean(0)
+            var = (var_R + (mean_R - mean).square()).mean(0)
+        if not _frozen:
+            self._track(mean.detach(), var.detach() * (count / max(1, count - 1)))
+        scale = torch.rsqrt(var + self.eps)
+        if self.affine:
+            channels = (-1, *[1] * (x.ndim - 2))
+            rows = (rows - mean) * (scale * self.weight.view(channels)) + self.bias.view(channels)
+        else:
+            rows = (rows - mean) * scale
+        return rows.view(x.shape).to(x.dtype)
+
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        """Running statistics after the groups [V, 1, batches, 1, S, C, ...]: batch by batch, splits averaged."""
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            for new_C in new.flatten(5)[:, 0, :, 0].mean(2).transpose(0, 1).flatten(0, 1).to(running.dtype):
+                running.data.lerp_(new_C, self._rate)  # .data: as in torch's own, it is no change to what was saved
+
+    @property
+    def _synced(self) -> bool:
+        return self.sync and dist.size() > 1
+
+    @property
+    def _rate(self) -> float:
+        if self.momentum is None:
+            raise ValueError("BatchNorm in groups has no cumulative average: give it a momentum")
+        return self.momentum
 
 
-def encode_together(net: nn.Module, views: Sequence[Tensor]) -> Tensor:
-    """Features [K, B, D]: neighbouring views of one size go through the network together, so that BatchNorm sees them
-    as one batch (SwAV's and DINO's multi-crop)."""
-    features, start = [], 0
-    while start < len(views):
-        stop = start + 1
-        while stop < len(views) and views[stop].shape == views[start].shape:
-            stop += 1
-        features.append(net(torch.cat([*views[start:stop]])))
-        start = stop
-    return torch.cat(features).unflatten(0, (len(views), -1))
+_frozen = False
+
+
+@contextlib.contextmanager
+def frozen_running_stats() -> Iterator[None]:
+    """`GroupedBatchNorm`s inside leave their running statistics alone: for passes that are made a second time."""
+    global _frozen
+    before, _frozen = _frozen, True
+    try:
+        yield
+    finally:
+        _frozen = before
+
+
+def group_batch_norm(module: nn.Module, *, joint: bool = False, sync: bool = False) -> nn.Module:
+    """Make every plain BatchNorm in `module` a `GroupedBatchNorm`; state and names stay. Returns `module`.
+
+    joint: statistics of all views together. sync: over all processes.
+    """
+    for m in module.modules():
+        if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            m.__class__ = GroupedBatchNorm
+        if isinstance(m, GroupedBatchNorm):
+            m.joint, m.sync = joint, sync
+    return module
 
 
 def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:
-    """Replace every BatchNorm in `module` by one that normalises each of `splits` parts of the batch by itself.
+    """Let every BatchNorm in `module` normalise each of `splits` parts of the batch by itself. Returns `module`.
 
     It stands in for as many GPUs without synchronised BatchNorm: MoCo's shuffled keys need them (MoCo section 3.3).
     """
     need_plain_batch_norm(module, "--bn-splits")
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(parent, name, SplitBatchNorm(child, splits))
+    for m in group_batch_norm(module).modules():
+        if isinstance(m, GroupedBatchNorm):
+            m.splits = splits
     return module
 
 
 def need_plain_batch_norm(module: nn.Module, flag: str) -> None:
-    """Raise UserError if a BatchNorm in `module` does more than that (some of timm's activate, too): replacing it would
-    lose the rest."""
+    """Raise UserError if a BatchNorm in `module` does more than that (some of timm's activate, too): its groups cannot
+    be told apart."""
     for m in module.modules():
-        if isinstance(m, _BatchNorm) and type(m) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if isinstance(m, _BatchNorm) and type(m) not in (nn.BatchNorm1d, nn.BatchNorm2d, GroupedBatchNorm):
             raise UserError(
-                f"{flag} replaces BatchNorm layers, but the network's {type(m).__name__} does more: leave it out"
+                f"{flag} changes BatchNorm layers, but the network's {type(m).__name__} does more: leave it out"
             )
 
 
-class SplitBatchNorm(nn.BatchNorm2d):
-    """State and evaluation of the BatchNorm that it replaces."""
+def in_groups(net: nn.Module, x: Tensor, views: int, parts: int = 1, call: Callable | None = None) -> Tensor:
+    """net(x) for rows [V, P, B] of V views in P parts of B images each, with BatchNorm statistics for each view.
 
-    def __init__(self, norm: _BatchNorm, splits: int):
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        self.load_state_dict(norm.state_dict())
-        if norm.affine:
-            self.weight.requires_grad_(norm.weight.requires_grad)
-            self.bias.requires_grad_(norm.bias.requires_grad)
-        self.splits = splits
+    One pass, unless a BatchNorm in `net` is not a `GroupedBatchNorm` (outside a run, or one that does more): then one
+    pass for each view. `call`: a function of x that runs the network, or part of it, in place of net itself.
+    """
+    call = net if call is None else call
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    if views > 1 and net.training and not all(isinstance(m, GroupedBatchNorm) for m in norms):
+        return torch.cat([call(rows) for rows in x.chunk(views)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        self.num_batches_tracked.add_(1)
-        # The parts become channels of their own.
-        parts = x.unflatten(0, (-1, self.splits)).flatten(1, 2)
-        mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
-        parts = F.batch_norm(parts, mean, var, None, None, True, self.momentum, self.eps)
-        with torch.no_grad():
-            self.running_mean.copy_(mean.view(self.splits, -1).mean(0))
-            self.running_var.copy_(var.view(self.splits, -1).mean(0))
-        x = parts.unflatten(1, (self.splits, -1)).flatten(0, 1)
-        if not self.affine:
-            return x
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        return (x * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+    def forward(x: Tensor) -> Tensor:
+        for m in norms:
+            m.views, m.parts = views, parts
+        try:
+            return call(x)
+        finally:
+            for m in norms:
+                m.views = m.parts = 1
+
+    micro = getattr(net, "micro_batches", None)
+    if micro is not None and net.training and len(x) > views * parts * micro.images:
+        return micro(forward, x, views * parts)
+    return forward(x)
+
+
+def encode(net: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """Features [K, B, D] of views of any sizes: neighbours of one size go through the network in one pass, each with
+    BatchNorm statistics of its own (SimSiam's code encodes view after view)."""
+    return _encode(net, views, lambda num: (num, 1))
+
+
+def encode_together(net: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """`encode` with BatchNorm that sees neighbouring views of one size as one batch (SwAV's and DINO's multi-crop)."""
+    return _encode(net, views, lambda num: (1, num))
+
+
+def _encode(net: nn.Module, views: Sequence[Tensor], layout: Callable[[int], tuple[int, int]]) -> Tensor:
+    features = []
+    for _, alike in itertools.groupby(views, key=lambda x: x.shape):
+        alike = list(alike)
+        features.append(in_groups(net, torch.cat(alike) if len(alike) > 1 else alike[0], *layout(len(alike))))
+    return torch.cat(features).unflatten(0, (len(views), -1))
+
+
+def each_view(head: nn.Module, x_KBD: Tensor) -> Tensor:
+    """head(x) for the rows of every view, [K, B, D] to [K, B, D'], with BatchNorm statistics for each view."""
+    return in_groups(head, x_KBD.flatten(0, 1), len(x_KBD)).unflatten(0, x_KBD.shape[:2])
+
+
+def all_views(head: nn.Module, x_KBD: Tensor) -> Tensor:
+    """`each_view` with BatchNorm that sees the rows of all views as one batch."""
+    return in_groups(head, x_KBD.flatten(0, 1), 1, len(x_KBD)).unflatten(0, x_KBD.shape[:2])
 
 
 def encode_shuffled(net: nn.Module, x: Tensor) -> Tensor:
@@ -202,7 +316,7 @@ def encode_shuffled(net: nn.Module, x: Tensor) -> Tensor:
         everything = dist.gather(x)
         order = dist.same_permutation(len(everything), x.device)
         mine = order[dist.own_rows(len(x), x.device)]
-        rows = dist.gather(net(everything[mine].contiguous(memory_format=torch.channels_last)))
+        rows = dist.gather(in_groups(net, everything[mine].contiguous(memory_format=torch.channels_last), 1))
         back = torch.empty_like(rows)
         back[order] = rows
         return back[dist.own_rows(len(x), x.device)]

@@ -23,8 +23,8 @@ from torch import Tensor
 from loaders.augment import divide
 
 __all__ = [
-    "combine", "cross_entropy", "divide", "feature_std", "info_nce", "info_nce_queue", "mean_of_others",
-    "negative_cosine", "others", "own", "pair_loss", "sinkhorn", "subsets",
+    "at_least_fp32", "combine", "cross_entropy", "divide", "feature_std", "info_nce", "info_nce_queue",
+    "mean_of_others", "negative_cosine", "others", "own", "pair_loss", "sinkhorn", "subsets",
 ]  # fmt: skip
 
 # A view's index, or None for a prediction that was made from none of the target views.
@@ -99,7 +99,7 @@ def _fp32(function: Callable) -> Callable:
 @_fp32
 def negative_cosine(p: Tensor, t: Tensor) -> Tensor:
     """D(p, t) = -cos(p, t) over the last axis, in fp32 (SimSiam eq. 1). The caller detaches t."""
-    return -F.cosine_similarity(_real(p), _real(t), dim=-1, eps=1e-8)
+    return -F.cosine_similarity(at_least_fp32(p), at_least_fp32(t), dim=-1, eps=1e-8)
 
 
 @_fp32
@@ -108,7 +108,7 @@ def info_nce(q_BD: Tensor, k_ND: Tensor, temperature: float, positives: Tensor) 
 
     q may have leading axes. `positives` [B] are the indices of each row's own key among the N.
     """
-    logits = F.normalize(_real(q_BD), dim=-1) @ F.normalize(_real(k_ND), dim=-1).T / temperature
+    logits = F.normalize(at_least_fp32(q_BD), dim=-1) @ F.normalize(at_least_fp32(k_ND), dim=-1).T / temperature
     return torch.logsumexp(logits, -1) - logits.gather(-1, positives.expand(logits.shape[:-1])[..., None])[..., 0]
 
 
@@ -118,8 +118,8 @@ def info_nce_queue(q_BD: Tensor, k_BD: Tensor, queue_QD: Tensor, temperature: fl
 
     q may have leading axes. The queue's rows have unit length already.
     """
-    q = F.normalize(_real(q_BD), dim=-1)
-    positive = (q * F.normalize(_real(k_BD), dim=-1)).sum(-1, keepdim=True)
+    q = F.normalize(at_least_fp32(q_BD), dim=-1)
+    positive = (q * F.normalize(at_least_fp32(k_BD), dim=-1)).sum(-1, keepdim=True)
     logits = torch.cat([positive, q @ queue_QD.to(q.dtype).T], -1) / temperature
     return torch.logsumexp(logits, -1) - logits[..., 0]
 
@@ -127,11 +127,11 @@ def info_nce_queue(q_BD: Tensor, k_BD: Tensor, queue_QD: Tensor, temperature: fl
 @_fp32
 def cross_entropy(log_p: Tensor, t: Tensor) -> Tensor:
     """-sum_k t_k log p_k over the last axis, in fp32, of log-probabilities and target probabilities."""
-    return -(_real(t) * _real(log_p)).sum(-1)
+    return -(at_least_fp32(t) * at_least_fp32(log_p)).sum(-1)
 
 
-def _real(x: Tensor) -> Tensor:
-    """At least fp32 (tests use fp64)."""
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 if it is in that (tests)."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -162,7 +162,7 @@ def sinkhorn(
     exp(scores / epsilon), columns and rows normalised in turn: rows end with sum 1, columns with about N/P. Scores are
     cosines, so that fp32 holds exp(1 / 0.05). `sum_over` adds up a tensor over the processes that hold the samples.
     """
-    q_NP = torch.exp(_real(scores_NP) / epsilon)
+    q_NP = torch.exp(at_least_fp32(scores_NP) / epsilon)
     for _ in range(iterations):
         q_NP = q_NP / sum_over(q_NP.sum(0))
         q_NP = q_NP / q_NP.sum(1, keepdim=True)

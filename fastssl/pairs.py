@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,8 +10,8 @@ from torch import Tensor
 from fastssl import ops
 from fastssl.addons import Guided, guide, spread
 from fastssl.nn import Heads
-from fastssl.ops import Weights
-from fastssl.patches import Patches, Predictions, patch_views
+from fastssl.ops import Owner, Weights
+from fastssl.patches import Patches, patch_views
 from loaders import ViewSpec
 from loaders.errors import UserError
 from loaders.views import Recipe
@@ -41,12 +42,13 @@ def pair_views(config: PairConfig, recipe: Recipe) -> ViewSpec:
     return patch_views(recipe(config.num_target_views), config)
 
 
-def pair_weights(online: Predictions, z_TBD: Tensor, config: PairConfig) -> Weights:
+def pair_weights(owner_M: Sequence[Owner], z_TBD: Tensor, config: PairConfig) -> Weights:
     """w of the pairs (prediction, target): all pairs of different views alike, unless an add-on says otherwise.
 
-    `z_TBD` are the targets' raw projections, by which guided stop-gradient chooses.
+    `owner_M` says which view each prediction was made from; `z_TBD` are the targets' raw projections, by which guided
+    stop-gradient chooses.
     """
     if config.guided != "off":
-        return spread(guide(z_TBD, config), online.owner_M)
+        return spread(guide(z_TBD, config), owner_M)
     same = config.target_view == "same"
-    return (ops.own if same else ops.others)(online.owner_M, len(z_TBD))
+    return (ops.own if same else ops.others)(owner_M, len(z_TBD))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.backbones import feature_map
+from fastssl.nn import encode, in_groups
 from fastssl.ops import Owner, combine, divide, subsets
 from fastssl.options import flag
 from loaders import Batch, ViewSpec
@@ -163,6 +164,16 @@ def patch_views(spec: ViewSpec, options: Patches) -> ViewSpec:
     return dataclasses.replace(spec, views=spec.views + extra, divide=n if in_loader else 1)
 
 
+class Features(NamedTuple):
+    """The backbone's features of one BatchNorm layout: views of the same kind, in the same number of parts."""
+
+    h_VPBD: Tensor
+    combines: bool
+    """Whether the parts are to be combined."""
+    owner_V: list[Owner]
+    """The target view that each view's predictions are made from; None: none of them."""
+
+
 class Predictions(NamedTuple):
     """What the network under training says about a batch."""
 
@@ -174,68 +185,88 @@ class Predictions(NamedTuple):
     """The target view that each prediction was made from; None: none of them."""
 
 
-def predictions(f: nn.Module, g: nn.Module, h: nn.Module, batch: Batch, options: Patches) -> Predictions:
-    """p = h(g(f(x))) of every view, or of every combination of tiles.
+def predictions(g: nn.Module, h: nn.Module, features: Sequence[Features], options: Patches) -> Predictions:
+    """p = h(g(f)) of every view, or of every combination of tiles, from `online_features`.
 
-    BatchNorm groups: one per view; all tiles of a view together, and then all its combinations.
+    BatchNorm groups: one per view, with all its combinations.
     """
-    z_TBD, p, owner = None, [], []
-    if options.patches == "off":
-        z = [g(f(x)) for x in options.target_views(batch.views)]
-        p += [h(z_BD)[None] for z_BD in z]
-        z_TBD, owner = torch.stack(z), [*range(len(z))]
-    for h_PBD, combines, view in _features(f, batch, options):
-        x_PBD = _combine(h_PBD, "backbone", combines, options)
-        x_PBD = _combine(_rows(g, x_PBD), "projector", combines, options)
-        p.append(_combine(_rows(h, x_PBD), "predictor", combines, options))
-        owner += [view] * len(p[-1])
-    return Predictions(torch.cat(p), z_TBD, owner)
+    z_TBD, p, owner_M = None, [], []
+    for x_VPBD, combines, owner_V in features:
+        x_VPBD = _rows(g, _combine(x_VPBD, "backbone", combines, options))
+        if options.patches == "off" and z_TBD is None:
+            z_TBD = x_VPBD[:, 0]
+        x_VPBD = _combine(_rows(h, _combine(x_VPBD, "projector", combines, options)), "predictor", combines, options)
+        p.append(x_VPBD.flatten(0, 1))
+        owner_M += [owner for owner in owner_V for _ in range(x_VPBD.shape[1])]
+    return Predictions(torch.cat(p), z_TBD, owner_M)
 
 
-def _rows(net: nn.Module, x_PBD: Tensor) -> Tensor:
-    return net(x_PBD.flatten(0, 1)).unflatten(0, x_PBD.shape[:2])
+def _rows(net: nn.Module, x_VPBD: Tensor) -> Tensor:
+    return in_groups(net, x_VPBD.flatten(0, 2), *x_VPBD.shape[:2]).unflatten(0, x_VPBD.shape[:3])
 
 
-def _combine(x_PBD: Tensor, after: str, combines: bool, options: Patches) -> Tensor:
+def _combine(x_VPBD: Tensor, after: str, combines: bool, options: Patches) -> Tensor:
     if not combines or options.combine_after != after:
-        return x_PBD
-    return combine(x_PBD, options.combine, options.pairs, by=options.combine_by, weight=options.combine_weight)
+        return x_VPBD
+    x_PND = x_VPBD.transpose(0, 1).flatten(1, 2)
+    x_CND = combine(x_PND, options.combine, options.pairs, by=options.combine_by, weight=options.combine_weight)
+    return x_CND.unflatten(1, (len(x_VPBD), -1)).transpose(0, 1)
 
 
-def _features(f: nn.Module, batch: Batch, options: Patches) -> Iterator[tuple[Tensor, bool, Owner]]:
-    """(features h_PBD of one BatchNorm group, whether they are to be combined, the view that they are from)."""
+def online_features(f: nn.Module, batch: Batch, options: Patches) -> list[Features]:
+    """The backbone's features of whatever predicts. BatchNorm groups: one per view, with all its tiles."""
     n, views = options.divide, options.target_views(batch.views)
     drawn = batch.views[len(views) :]
     crops, extra = drawn[: options.num_drawn], drawn[options.num_drawn :]
-    if options.patches == "divide-encode-combine":
-        for k, x in enumerate(views):
-            tiles = batch.tiles[k] if batch.tiles else divide(x, n)
-            yield f(tiles).unflatten(0, (n * n, -1)), True, k
+    every, nobody = [*range(len(views))], [None]
+
+    def whole(crops: Sequence[Tensor]) -> Tensor:
+        return encode(f, crops)[:, None]
+
+    features = []
+    if options.patches == "off":
+        features.append(Features(whole(views), False, every))
+    elif options.patches == "divide-encode-combine":
+        tiles = batch.tiles or [divide(x, n) for x in views]
+        features.append(Features(_parts(f, tiles, n * n), True, every))
     elif options.patches == "divide-combine-encode":
-        for k, x in enumerate(views):
-            yield f(torch.cat(x.chunk(2, dim=3))).unflatten(0, (2, -1)), False, k  # tiles 0 and 1, tiles 2 and 3
+        halves = [torch.cat(x.chunk(2, dim=3)) for x in views]  # tiles 0 and 1, tiles 2 and 3
+        features.append(Features(_parts(f, halves, 2), False, every))
     elif options.patches == "encode":
-        for x in crops:
-            yield f(x)[None], False, None
+        features.append(Features(whole(crops), False, nobody * len(crops)))
     elif options.patches == "sample-combine-encode":
-        for i, x in enumerate(crops):
-            yield f(x.chunk(2, dim=2 + i % 2)[0])[None], False, None  # lying and upright rectangles in turn
+        # Lying and upright rectangles in turn; those of one shape go through together.
+        lying, upright = ([x.chunk(2, dim=2 + i)[0] for x in crops[i::2]] for i in range(2))
+        features += [Features(whole(some), False, nobody * len(some)) for some in (lying, upright) if some]
     elif options.patches == "sample-encode-combine":
-        yield f(torch.cat(crops)).unflatten(0, (len(crops), -1)), True, None
+        features.append(Features(_parts(f, [torch.cat(crops)], len(crops)), True, nobody))
     elif options.patches == "montage":
-        yield torch.cat([_montage(f, x, n) for x in views]), True, None
-    for x in extra:
-        yield f(x)[None], False, None
+        features.append(Features(torch.cat([_montage(f, x, n) for x in views])[None], True, nobody))
+    if extra:
+        features.append(Features(whole(extra), False, nobody * len(extra)))
+    return features
+
+
+def _parts(f: nn.Module, views: Sequence[Tensor], parts: int) -> Tensor:
+    """h_VPBD of views [P*B, ...]."""
+    x = torch.cat(views) if len(views) > 1 else views[0]
+    return in_groups(f, x, len(views), parts).unflatten(0, (len(views), parts, -1))
 
 
 def _montage(f: nn.Module, x: Tensor, n: int) -> Tensor:
     """h_PBD of a view's n x n tiles, each encoded among tiles of other images: tile c moves c images on and back."""
     tiles = divide(x, n).unflatten(0, (n * n, -1))
     moved = torch.stack([tile.roll(c, 0) for c, tile in enumerate(tiles)])
-    map_BDHW = feature_map(f, _join(moved, n))
-    # An odd side, 7 at 224 px, does not part in two: adaptive pooling lets the middle row serve both halves.
-    cells = F.adaptive_avg_pool2d(map_BDHW, n).permute(3, 2, 0, 1).flatten(0, 1)  # by column, row: as the tiles
-    return torch.stack([cell.roll(-c, 0) for c, cell in enumerate(cells)])
+
+    def cells(x: Tensor) -> Tensor:
+        """[B, D, n, n]. An odd side, 7 at 224 px, does not part in two: adaptive pooling lets the middle row serve
+        both halves."""
+        return F.adaptive_avg_pool2d(feature_map(f, x), n)
+
+    cells_PBD = (
+        in_groups(f, _join(moved, n), 1, call=cells).permute(3, 2, 0, 1).flatten(0, 1)
+    )  # by column, row: as tiles
+    return torch.stack([cell.roll(-c, 0) for c, cell in enumerate(cells_PBD)])
 
 
 def _join(tiles_PBCHW: Tensor, n: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.evaluate.features import centre_crops, spread
-from fastssl.nn import SplitBatchNorm
+from fastssl.nn import GroupedBatchNorm
 from loaders.beton import Reader
 from loaders.dataset import Readers
 from loaders.errors import UserError
@@ -65,8 +65,8 @@ def recalibrated(
         norm.reset_running_stats()
         norm.momentum = None  # the average of all batches, each weighing the same
         norm.train()
-        if isinstance(norm, nn.SyncBatchNorm | SplitBatchNorm):
-            norm.__class__ = nn.BatchNorm2d  # no waiting for processes that are not here, no parts of a batch
+        if isinstance(norm, GroupedBatchNorm):
+            norm.__class__ = nn.BatchNorm2d  # no waiting for processes that are not here, no groups
     num = -(-images // batch_size)
     batch_size = images // num
     ids = spread(len(reader), num * batch_size)

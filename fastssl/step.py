@@ -5,16 +5,18 @@ Nothing in it waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastssl import dist
 from fastssl.config import Config
 from fastssl.core import pick_precision
 from fastssl.dist import World
-from fastssl.nn import need_plain_batch_norm
+from fastssl.micro_batch import MicroBatches, slices, use_micro_batches
 from fastssl.optim import lr_at, make_optimizer, scaled_lr, set_lr, set_weight_decay, weight_decay_at
 from fastssl.progress import Progress
 from loaders import Batch
@@ -26,33 +28,32 @@ class Step:
 
     def __init__(self, config: Config, method: nn.Module, device: torch.device, world: World | None = None):
         self.config, self.device, self.world = config, device, world or World()
-        self.precision = pick_precision(config.run.precision, device)
+        self.method, self.precision = method, pick_precision(config.run.precision, device)
+        self.micro = self._micro_batches()
         method.to(device, memory_format=torch.channels_last)
-        if config.model.sync_bn and self.world.size > 1:
-            if device.type != "cuda":
-                raise UserError("--sync-bn needs CUDA, torch has none for CPUs: use --no-sync-bn")
-            need_plain_batch_norm(method, "--sync-bn")
-            method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-        self.method = method
         self.base_lr = scaled_lr(config.optim, config.data.batch_size)
         self.optimizer = make_optimizer(method, config.optim, self.base_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.scale)
-        if config.run.compile == "on" or (config.run.compile == "auto" and device.type == "cuda"):
-            # The parts, not the whole: one graph serves all K views, and checkpoints keep their names.
-            for child in method.children():
-                child.compile()
+        if config.run.compile != "off" and (config.run.compile != "auto" or device.type == "cuda"):
+            compile_method(method, mode="reduce-overhead" if config.run.compile == "reduce-overhead" else None)
         self.forward = method
         if self.world.size > 1:
             # BatchNorm's running statistics stay each process's own; the first one's are saved.
             self.forward = DistributedDataParallel(method, broadcast_buffers=False)
 
+    def _micro_batches(self) -> MicroBatches | None:
+        images, num = self.config.run.micro_batch, self.config.data.batch_size // self.world.size
+        if images is None or images >= num:
+            return None
+        if num % images:
+            raise UserError(f"--micro-batch {images} does not divide the {num} images of a process: use a divisor")
+        return use_micro_batches(self.method, images)
+
     def __call__(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Train on a batch. Returns the loss and the method's metrics, without gradient, still on the device."""
         self._set_schedules(progress)
         self._hook("before_step", progress)
-        with self.precision.autocast(self.device):
-            loss, metrics = self.forward(batch)
-        self.scaler.scale(loss).backward()
+        loss, metrics = self._forward_backward(batch)
         clip_norm = self.config.optim.clip_norm
         if clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -62,6 +63,31 @@ class Step:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._hook("after_step", progress)
+        return loss, metrics
+
+    def _forward_backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of the batch's loss, the mean over all processes; the loss and the metrics."""
+        if self.micro is None:
+            return self._backward(batch)
+        # In between, processes do not talk: gradients are added up first.
+        with self.forward.no_sync() if self.world.size > 1 else contextlib.nullcontext():
+            if getattr(self.method, "separable", False):
+                share = self.micro.images / len(batch.index)
+                parts = [self._backward(part, share) for part in slices(batch, self.micro.images)]
+                loss = share * sum(loss for loss, _ in parts)
+                metrics = {name: share * sum(metrics[name] for _, metrics in parts) for name in parts[0][1]}
+            else:
+                loss, metrics = self._backward(batch)
+                self.micro.backward(lambda: self.precision.autocast(self.device))
+        if self.world.size > 1:
+            dist.average_gradients(self.method.parameters())
+        return loss, metrics
+
+    def _backward(self, batch: Batch, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradients of `share` times the loss."""
+        with self.precision.autocast(self.device):
+            loss, metrics = self.forward(batch)
+        self.scaler.scale(loss if share == 1 else loss * share).backward()
         return loss.detach(), metrics
 
     def lr(self, step: int, steps_per_epoch: int) -> float:
@@ -93,3 +119,13 @@ class Step:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def compile_method(method: nn.Module, mode: str | None = None, **options: Any) -> None:
+    """Compile the networks that see images, and all that comes after them as one graph (`method.loss`): combinations,
+    heads, targets, distances. A method without `loss` has its parts compiled. Names in the state dict stay."""
+    if hasattr(method, "loss"):
+        method.loss = torch.compile(method.loss, mode=mode, **options)
+    for name, part in method.named_children():
+        if not hasattr(method, "loss") or name in ("backbone", "target_backbone"):
+            part.compile(mode=mode, **options)

@@ -521,7 +521,12 @@ def main(argv: list[str] | None = None) -> int:
         if "--list" in arguments:
             list_presets([word for word in arguments if word != "--list"])
             return 0
-        return 130 if train(parse(arguments))["stopped"] else 0
+        config = parse(arguments)
+        if config.run.plan or config.run.fit is not None:
+            from fastssl import plan  # measures what this module makes
+
+            return plan.run(config)
+        return 130 if train(config)["stopped"] else 0
 
     return run_command("fastssl-train", command, argv)
 

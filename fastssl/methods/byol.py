@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fastssl.methods import simsiam
 from fastssl.momentum import Momentum, Schedule, ema_update, momentum_copy
-from fastssl.nn import OutputNorm, PredictorBias, encode
+from fastssl.nn import OutputNorm, PredictorBias, each_view, encode
 from fastssl.ops import feature_std, negative_cosine, pair_loss
 from fastssl.pairs import PairConfig, pair_views, pair_weights
-from fastssl.patches import predictions
+from fastssl.patches import Features, online_features, predictions
 from fastssl.progress import Progress
 from loaders import Batch
 
@@ -66,18 +66,24 @@ class Method(simsiam.Method):
         self.target_backbone = momentum_copy(self.backbone, config.target_init)
         self.target_projector = momentum_copy(self.projector, config.target_init)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        online = predictions(self.backbone, self.projector, self.predictor, batch, self.config)
-        z_TBD = self.targets(batch)
-        loss = pair_loss(negative_cosine, online.p_MBD, z_TBD, pair_weights(online, z_TBD, self.config))
+    def features(self, batch: Batch) -> tuple[list[Features], Tensor]:
+        """f of what predicts, and the momentum copy's features of the whole views."""
+        with torch.no_grad():
+            h_TBD = encode(self.target_backbone, self.config.target_views(batch.views))
+        return online_features(self.backbone, batch, self.config), h_TBD
+
+    def loss(self, online: list[Features], h_TBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        p_MBD, _, owner_M = predictions(self.projector, self.predictor, online, self.config)
+        z_TBD = self.targets(h_TBD)
+        loss = pair_loss(negative_cosine, p_MBD, z_TBD, pair_weights(owner_M, z_TBD, self.config))
         if self.config.sum_directions:
             loss = 4 * (1 + loss)
         return loss, {"feature_std": feature_std(z_TBD)}
 
     @torch.no_grad()
-    def targets(self, batch: Batch) -> Tensor:
-        """z_TBD of whole views, from the momentum copy."""
-        return encode(self.target_backbone, self.target_projector, self.config.target_views(batch.views))
+    def targets(self, h_TBD: Tensor) -> Tensor:
+        """z of the momentum copy."""
+        return each_view(self.target_projector, h_TBD)
 
     def before_step(self, progress: Progress) -> None:
         pairs = [(self.target_backbone, self.backbone), (self.target_projector, self.projector)]

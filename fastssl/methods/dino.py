@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fastssl import dist
 from fastssl.addons import MultiCrop, multicrop_views, rebalanced_weights
 from fastssl.momentum import Momentum, Schedule, ema_update, momentum_copy
-from fastssl.nn import WeightNormLinear, encode_together, init_like_vit, mlp
-from fastssl.ops import cross_entropy, feature_std, pair_loss
+from fastssl.nn import WeightNormLinear, all_views, encode_together, init_like_vit, mlp
+from fastssl.ops import at_least_fp32, cross_entropy, feature_std, pair_loss
 from fastssl.options import above_zero, at_least, share
 from fastssl.progress import Progress
 from loaders import Batch
@@ -88,24 +88,33 @@ class Method(nn.Module):
         self.target_projector = momentum_copy(self.projector, config.target_init)
         self.target_prototypes = momentum_copy(self.prototypes, config.target_init)
         self.register_buffer("center", torch.zeros(config.prototypes))
-        self.teacher_temperature = teacher_temperature(config, 0)
+        # A tensor, so that a compiled loss serves all temperatures.
+        self.register_buffer("teacher_temperature", torch.tensor(teacher_temperature(config, 0)), persistent=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        config, num_views = self.config, len(batch.views)
-        z_KBD = bottleneck(self.backbone, self.projector, batch.views)
+        return self.loss(*self.features(batch))
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student's features of all views, the teacher's of the large ones."""
+        with torch.no_grad():
+            h_2BD = encode_together(self.target_backbone, batch.views[:2])
+        return encode_together(self.backbone, batch.views), h_2BD
+
+    def loss(self, h_KBD: Tensor, h_2BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        config, num_views = self.config, len(h_KBD)
+        z_KBD = F.normalize(all_views(self.projector, h_KBD), dim=-1)
         s_KBP = self.prototypes(z_KBD)
         with torch.no_grad():
-            t_2BP = self.target_prototypes(
-                bottleneck(self.target_backbone, self.target_projector, batch.views[:2])
-            ).float()
+            z_2BD = F.normalize(all_views(self.target_projector, h_2BD), dim=-1)
+            t_2BP = at_least_fp32(self.target_prototypes(z_2BD))
             q_2BP = F.softmax((t_2BP - self.center) / self.teacher_temperature, -1)
-        log_p_KBP = F.log_softmax(s_KBP.float() / config.student_temperature, -1)
+        log_p_KBP = F.log_softmax(at_least_fp32(s_KBP) / config.student_temperature, -1)
         loss = pair_loss(cross_entropy, log_p_KBP, q_2BP, rebalanced_weights(num_views, 2, config.alpha))
         self.center.lerp_(dist.mean_over_processes(t_2BP.mean((0, 1))), 1 - config.center_momentum)
         return loss, {"feature_std": feature_std(z_KBD)}
 
     def before_step(self, progress: Progress) -> None:
-        self.teacher_temperature = teacher_temperature(self.config, progress.epoch)
+        self.teacher_temperature.fill_(teacher_temperature(self.config, progress.epoch))
 
     def after_backward(self, progress: Progress) -> None:
         if progress.epoch < self.config.freeze_epochs:
@@ -119,12 +128,6 @@ class Method(nn.Module):
             (self.target_prototypes, self.prototypes),
         ]
         ema_update(pairs, self.config.ema_at(progress))
-
-
-def bottleneck(net: nn.Module, projector: nn.Module, views: list[Tensor]) -> Tensor:
-    """Unit vectors z_KBD before the last layer."""
-    z_ND = projector(encode_together(net, views).flatten(0, 1))
-    return F.normalize(z_ND, dim=1).unflatten(0, (len(views), -1))
 
 
 def teacher_temperature(config: Config, epoch: int) -> float:

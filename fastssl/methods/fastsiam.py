@@ -21,8 +21,8 @@ from fastssl.addons import guide_mean, spread
 from fastssl.methods import simsiam
 from fastssl.ops import feature_std, mean_of_others, negative_cosine, own, pair_loss
 from fastssl.pairs import pair_views
-from fastssl.patches import predictions
-from loaders import Batch, UserError
+from fastssl.patches import Features, predictions
+from loaders import UserError
 
 
 @dataclass(kw_only=True)
@@ -58,12 +58,12 @@ views = pair_views
 class Method(simsiam.Method):
     """SimSiam's networks under FastSiam's loss."""
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        online = predictions(self.backbone, self.projector, self.predictor, batch, self.config)
-        z_KBD = self.targets(batch) if online.z_TBD is None else online.z_TBD.detach()
+    def loss(self, online: list[Features], h_TBD: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        p_MBD, z_KBD, owner_M = predictions(self.projector, self.predictor, online, self.config)
+        z_KBD = self.targets(z_KBD, h_TBD)
         t_KBD = mean_of_others(z_KBD)
-        w = own(online.owner_M, len(t_KBD))
+        w = own(owner_M, len(t_KBD))
         if self.config.guided != "off":
-            w = spread(guide_mean(z_KBD, self.config), online.owner_M)
-        loss = pair_loss(negative_cosine, online.p_MBD, t_KBD, w)
+            w = spread(guide_mean(z_KBD, self.config), owner_M)
+        loss = pair_loss(negative_cosine, p_MBD, t_KBD, w)
         return loss, {"feature_std": feature_std(z_KBD)}

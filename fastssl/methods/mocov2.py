@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from fastssl import dist
 from fastssl.addons import MultiCrop, multicrop_views, rebalanced_weights
 from fastssl.momentum import Momentum, ema_update, momentum_copy
-from fastssl.nn import Queue, encode_shuffled, encode_together, init_like_vit, mlp, split_batch_norm
-from fastssl.ops import feature_std, info_nce_queue, pair_loss
+from fastssl.nn import Queue, encode, encode_shuffled, encode_together, init_like_vit, mlp, split_batch_norm
+from fastssl.ops import at_least_fp32, feature_std, info_nce_queue, pair_loss
 from fastssl.options import above_zero, at_least
 from fastssl.progress import Progress
 from loaders import Batch, UserError
@@ -86,25 +86,32 @@ class Method(nn.Module):
         self.queue = Queue(config.queue_size, config.dim)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        config, views = self.config, batch.views
-        with_keys, first = (2, 0) if config.symmetric else (1, 1)
-        h = [self.backbone(x) for x in views[first:2]]
-        h += encode_together(self.backbone, views[2:]) if views[2:] else []
-        q_MBD = torch.stack([self.projector(h_BD) for h_BD in h])
-        k_TBD = torch.stack([self.key(x) for x in views[:with_keys]])
-        w = rebalanced_weights(len(views), with_keys, config.alpha)[first:]
+        return self.loss(*self.features(batch))
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """f of the views that give queries, and the momentum copy's features of those that give keys."""
+        views, with_keys = batch.views, 2 if self.config.symmetric else 1
+        h = [encode(self.backbone, views[2 - with_keys : 2])]
+        h += [encode_together(self.backbone, views[2:])] if views[2:] else []
+        with torch.no_grad():
+            shuffles = self.config.shuffle_bn and (dist.size() > 1 or self.config.bn_splits > 1)
+            if shuffles:
+                h_TBD = torch.stack([encode_shuffled(self.target_backbone, x) for x in views[:with_keys]])
+            else:
+                h_TBD = encode(self.target_backbone, views[:with_keys])
+        return torch.cat(h), h_TBD
+
+    def loss(self, h_MBD: Tensor, h_TBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        config, with_keys = self.config, len(h_TBD)
+        q_MBD = self.projector(h_MBD)
+        with torch.no_grad():
+            k_TBD = F.normalize(at_least_fp32(self.target_projector(h_TBD)), dim=-1)
+        w = rebalanced_weights(len(h_MBD) + 2 - with_keys, with_keys, config.alpha)[2 - with_keys :]
         distance = partial(info_nce_queue, queue_QD=self.queue.rows.clone(), temperature=config.temperature)
         loss = pair_loss(distance, q_MBD, k_TBD, w)
         for k_BD in k_TBD:  # after the look-up: no image is its own negative
             self.queue.push(dist.gather(k_BD))
         return loss, {"feature_std": feature_std(k_TBD)}
-
-    @torch.no_grad()
-    def key(self, x: Tensor) -> Tensor:
-        """Unit keys [B, D] of a view, fp32."""
-        shuffles = self.config.shuffle_bn and (dist.size() > 1 or self.config.bn_splits > 1)
-        h_BD = encode_shuffled(self.target_backbone, x) if shuffles else self.target_backbone(x)
-        return F.normalize(self.target_projector(h_BD).float(), dim=1)
 
     def before_step(self, progress: Progress) -> None:
         pairs = [(self.target_backbone, self.backbone), (self.target_projector, self.projector)]

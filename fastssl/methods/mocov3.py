@@ -21,8 +21,7 @@ from fastssl.nn import OutputNorm, PredictorBias
 from fastssl.ops import feature_std, info_nce, pair_loss
 from fastssl.options import above_zero
 from fastssl.pairs import pair_views, pair_weights
-from fastssl.patches import predictions
-from loaders import Batch
+from fastssl.patches import Features, predictions
 
 
 @dataclass(kw_only=True)
@@ -52,13 +51,15 @@ views = pair_views
 class Method(byol.Method):
     """BYOL's networks under a contrastive loss."""
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        online = predictions(self.backbone, self.projector, self.predictor, batch, self.config)
-        z_TBD = self.targets(batch)
+    separable = False  # the other images are the negatives
+
+    def loss(self, online: list[Features], h_TBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        p_MBD, _, owner_M = predictions(self.projector, self.predictor, online, self.config)
+        z_TBD = self.targets(h_TBD)
         k_TND = [dist.gather(z_BD) for z_BD in z_TBD]
         own_B = dist.own_rows(z_TBD.shape[1], z_TBD.device)
         distance = partial(info_nce, temperature=self.config.temperature, positives=own_B)
-        loss = pair_loss(distance, online.p_MBD, k_TND, pair_weights(online, z_TBD, self.config))
+        loss = pair_loss(distance, p_MBD, k_TND, pair_weights(owner_M, z_TBD, self.config))
         if self.config.sum_directions:
             loss = 4 * self.config.temperature * loss
         return loss, {"feature_std": feature_std(z_TBD)}

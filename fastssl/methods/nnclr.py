@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from fastssl import dist
 from fastssl.methods import simsiam
 from fastssl.nn import OutputNorm, Queue
-from fastssl.ops import feature_std, info_nce, pair_loss
+from fastssl.ops import at_least_fp32, feature_std, info_nce, pair_loss
 from fastssl.options import above_zero, at_least
 from fastssl.pairs import pair_views, pair_weights
-from fastssl.patches import predictions
-from loaders import Batch
+from fastssl.patches import Features, predictions
 
 
 @dataclass(kw_only=True)
@@ -59,13 +58,15 @@ views = pair_views
 class Method(simsiam.Method):
     """SimSiam's networks, a queue of projections, and a contrastive loss."""
 
+    separable = False  # the other images are the negatives
+
     def __init__(self, backbone: nn.Module, width: int, config: Config):
         super().__init__(backbone, width, config)
         self.queue = Queue(config.queue_size, config.dim)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        online = predictions(self.backbone, self.projector, self.predictor, batch, self.config)
-        z_TBD = self.targets(batch) if online.z_TBD is None else online.z_TBD.detach()
+    def loss(self, online: list[Features], h_TBD: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        p_MBD, z_TBD, owner_M = predictions(self.projector, self.predictor, online, self.config)
+        z_TBD = self.targets(z_TBD, h_TBD)
         n_TBD = self.neighbours(z_TBD)
         own_B = dist.own_rows(z_TBD.shape[1], z_TBD.device)
 
@@ -74,12 +75,12 @@ class Method(simsiam.Method):
                 [info_nce(n_BD, dist.gather_with_grad(p_BD), self.config.temperature, own_B) for p_BD in p_mBD]
             )
 
-        loss = pair_loss(distance, online.p_MBD, n_TBD, pair_weights(online, z_TBD, self.config))
-        self.queue.push(dist.gather(F.normalize(z_TBD[0].float(), dim=1)))
+        loss = pair_loss(distance, p_MBD, n_TBD, pair_weights(owner_M, z_TBD, self.config))
+        self.queue.push(dist.gather(F.normalize(at_least_fp32(z_TBD[0]), dim=1)))
         return loss, {"feature_std": feature_std(z_TBD)}
 
     @torch.no_grad()
     def neighbours(self, z_TBD: Tensor) -> Tensor:
         """NN(z): for every projection the queue's row with the largest cosine (eq. 3)."""
-        nearest_TB = (F.normalize(z_TBD.float(), dim=-1) @ self.queue.rows.T).argmax(-1)
+        nearest_TB = (F.normalize(at_least_fp32(z_TBD), dim=-1) @ self.queue.rows.T).argmax(-1)
         return self.queue.rows[nearest_TB]

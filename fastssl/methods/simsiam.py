@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastssl.nn import encode, head_groups, make_heads
+from fastssl.nn import each_view, encode, head_groups, make_heads
 from fastssl.ops import feature_std, negative_cosine, pair_loss
 from fastssl.pairs import PairConfig, pair_views, pair_weights
-from fastssl.patches import predictions
+from fastssl.patches import Features, online_features, predictions
 from loaders import Batch
 
 
@@ -42,16 +42,32 @@ class Method(nn.Module):
         self.backbone = backbone
         self.projector, self.predictor = make_heads(width, config)
 
+    @property
+    def separable(self) -> bool:
+        """Whether the loss is a mean over images that see each other in BatchNorm only."""
+        return self.config.guided == "off" and self.config.patches != "montage"
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        online = predictions(self.backbone, self.projector, self.predictor, batch, self.config)
-        z_TBD = self.targets(batch) if online.z_TBD is None else online.z_TBD.detach()
-        loss = pair_loss(negative_cosine, online.p_MBD, z_TBD, pair_weights(online, z_TBD, self.config))
+        return self.loss(*self.features(batch))
+
+    def features(self, batch: Batch) -> tuple[list[Features], Tensor | None]:
+        """f of what predicts; and f of the whole views, if predictions are made from parts of them."""
+        online, h_TBD = online_features(self.backbone, batch, self.config), None
+        if self.config.patches != "off":
+            with torch.no_grad():
+                h_TBD = encode(self.backbone, self.config.target_views(batch.views))
+        return online, h_TBD
+
+    def loss(self, online: list[Features], h_TBD: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        p_MBD, z_TBD, owner_M = predictions(self.projector, self.predictor, online, self.config)
+        z_TBD = self.targets(z_TBD, h_TBD)
+        loss = pair_loss(negative_cosine, p_MBD, z_TBD, pair_weights(owner_M, z_TBD, self.config))
         return loss, {"feature_std": feature_std(z_TBD)}
 
     @torch.no_grad()
-    def targets(self, batch: Batch) -> Tensor:
-        """z_TBD of whole views, for predictions that were made from parts of them (Fast-MoCo section 4.4)."""
-        return encode(self.backbone, self.projector, self.config.target_views(batch.views))
+    def targets(self, z_TBD: Tensor | None, h_TBD: Tensor | None) -> Tensor:
+        """sg[z]: those of the predictions, or of the whole views (Fast-MoCo section 4.4)."""
+        return each_view(self.projector, h_TBD) if z_TBD is None else z_TBD.detach()
 
     def param_groups(self) -> list[dict]:
         return head_groups(self)

@@ -12,6 +12,7 @@ Legend: B images of this process, K views, D projection channels, P prototypes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.addons import MultiCrop, multicrop_views, rebalanced_weights
-from fastssl.nn import Queue, encode_together, mlp
-from fastssl.ops import cross_entropy, feature_std, pair_loss, sinkhorn
+from fastssl.nn import Queue, all_views, encode_together, mlp
+from fastssl.ops import at_least_fp32, cross_entropy, feature_std, pair_loss, sinkhorn
 from fastssl.options import above_zero, at_least
 from fastssl.progress import Progress
 from loaders import Batch
@@ -72,16 +73,26 @@ class Method(nn.Module):
         rows = config.queue_size // dist.size()
         self.queues = nn.ModuleList(Queue(rows, config.dim) for _ in range(2 if rows else 0))
         self.steps_filling = -1  # steps since the queues began to fill; before that, negative
+        self.queue_state: Literal["waits", "fills", "serves"] = "waits"
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        config, num_views = self.config, len(batch.views)
+        return self.loss(*self.features(batch))
+
+    def features(self, batch: Batch) -> tuple[Tensor]:
+        """f of all views."""
+        if self.queues and self.steps_filling >= 0:
+            full = self.steps_filling * len(batch.views[0]) >= len(self.queues[0].rows)
+            self.queue_state = "serves" if full else "fills"
+        return (encode_together(self.backbone, batch.views),)
+
+    def loss(self, h_KBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        config, num_views = self.config, len(h_KBD)
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
-        h_KBD = encode_together(self.backbone, batch.views)
-        z_KBD = F.normalize(self.projector(h_KBD.flatten(0, 1)).float(), dim=1).unflatten(0, (num_views, -1))
+        z_KBD = F.normalize(at_least_fp32(all_views(self.projector, h_KBD)), dim=-1)
         scores_KBP = self.prototypes(z_KBD)
         q_2BP = torch.stack([self.codes(scores_KBP[i].detach(), z_KBD[i].detach(), i) for i in range(2)])
-        log_p_KBP = F.log_softmax(scores_KBP.float() / config.temperature, -1)
+        log_p_KBP = F.log_softmax(at_least_fp32(scores_KBP) / config.temperature, -1)
         loss = pair_loss(cross_entropy, log_p_KBP, q_2BP, rebalanced_weights(num_views, 2, config.alpha))
         return loss, {"feature_std": feature_std(z_KBD)}
 
@@ -89,9 +100,9 @@ class Method(nn.Module):
     def codes(self, scores_BP: Tensor, z_BD: Tensor, i: int) -> Tensor:
         """q_BP of large view i: balanced over the batch and, when it is full, over the queue before it."""
         config, rows = self.config, scores_BP
-        if self.queues and self.steps_filling >= 0:
+        if self.queue_state != "waits":
             queue = self.queues[i]
-            if self.steps_filling * len(z_BD) >= len(queue.rows):
+            if self.queue_state == "serves":
                 rows = torch.cat([self.prototypes(queue.rows), rows])
             queue.push(z_BD)
         return sinkhorn(rows, config.epsilon, config.sinkhorn_iterations, dist.sum_over_processes)[-len(z_BD) :]

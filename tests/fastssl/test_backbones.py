@@ -18,7 +18,7 @@ from fastssl.backbones import backbone, check_size, feature_map
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import centre_crops, extract, spread
 from fastssl.export import load_weights
-from fastssl.nn import split_batch_norm
+from fastssl.nn import GroupedBatchNorm, group_batch_norm, split_batch_norm
 from fastssl.recalibrate import recalibrated
 from fastssl.train import main
 from loaders import UserError
@@ -300,13 +300,13 @@ def test_recalibration_restores_the_accuracy_that_wrong_statistics_cost(tmp_path
 
 def test_only_batch_norm_is_in_train_mode_and_alone(beton: Path) -> None:
     """Dropout stays off, synchronised BatchNorm waits for no other process, compiled networks can be copied."""
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Dropout(0.9), Tiny())).train()
+    net = group_batch_norm(nn.Sequential(nn.Dropout(0.9), Tiny()), sync=True).train()
     net.compile(backend="eager")
     net(torch.randn(2, 3, 16, 16))
     options = {"size": 16, "device": CPU, "images": 48}
     made = recalibrated(net, Reader(beton), **options)
-    assert not any(isinstance(m, nn.SyncBatchNorm) for m in made.modules())
-    assert any(isinstance(m, nn.SyncBatchNorm) for m in net.modules())
+    assert not any(isinstance(m, GroupedBatchNorm) for m in made.modules())
+    assert any(isinstance(m, GroupedBatchNorm) for m in net.modules())
     plain = recalibrated(net[1], Reader(beton), **options)
     assert torch.equal(made[1].norm.running_var, plain.norm.running_var)
     assert made.state_dict().keys() == net.state_dict().keys()

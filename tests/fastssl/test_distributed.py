@@ -41,6 +41,13 @@ for _name in methods.available():
             CASES[_label] = (_name, {k: v for k, v in ACTIVE.items() if has(_config, k)} | _options)
 
 
+class Company(nn.Module):
+    """Every row becomes the sum of those that it came with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(0).flatten().repeat(len(x))
+
+
 def next_in_block(num: int, _fixed_points: bool, device: torch.device) -> Tensor:
     """Partners that are in the same process, however many there are: the next image of the same half of the batch."""
     image = torch.arange(num, device=device)
@@ -172,8 +179,8 @@ def gathered() -> dict[str, Tensor]:
         "not changed": x.detach(),
         "permutation": dist.same_permutation(32, x.device),
         "images": images.flatten(),
-        "back in place": encode_shuffled(lambda x: x.flatten(1), images).flatten(),
-        "company": encode_shuffled(lambda x: x.sum(0).flatten().repeat(len(x)), images),
+        "back in place": encode_shuffled(nn.Flatten(), images).flatten(),
+        "company": encode_shuffled(Company(), images),
     }
 
 

@@ -17,16 +17,18 @@ from fastssl.nn import (
     Heads,
     Queue,
     WeightNormLinear,
+    each_view,
     encode,
     encode_shuffled,
     encode_together,
+    group_batch_norm,
     head_groups,
     init_like_vit,
     make_heads,
     mlp,
     split_batch_norm,
 )
-from loaders import UserError
+from loaders import Batch, UserError
 
 # ------------------------------------------------------------------ heads as published
 
@@ -253,11 +255,15 @@ class Sizes(nn.Module):
         return self.norm(x).square().mean((2, 3))
 
 
-def test_views_are_encoded_one_by_one() -> None:
+@pytest.mark.parametrize("grouped", [True, False])
+def test_each_view_has_its_own_statistics(grouped: bool) -> None:
+    """Views of one size in one pass, or one by one where BatchNorm knows no groups, as outside a run."""
     net, head = Sizes(), nn.BatchNorm1d(3)
+    if grouped:
+        group_batch_norm(net), group_batch_norm(head)
     views = [torch.randn(4, 3, s, s) * s for s in (8, 8, 4)]
-    found = encode(net, head, views)
-    assert [len(x) for x in net.seen] == [4, 4, 4]
+    found = each_view(head, encode(net, views))
+    assert [len(x) for x in net.seen] == ([8, 4] if grouped else [4, 4, 4])
     expected = [nn.BatchNorm1d(3)(Sizes()(x)) for x in views]
     torch.testing.assert_close(found, torch.stack(expected))
 
@@ -371,10 +377,10 @@ def test_moco_shuffles_keys_that_are_split(monkeypatch: pytest.MonkeyPatch) -> N
         net = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         made = module.Method(net, 3, module.Config(dim=4, queue_size=8, **options))
         calls.clear()
-        made.key(torch.randn(6, 3, 4, 4))
+        made(Batch([torch.randn(6, 3, 4, 4) for _ in range(2)], None, torch.arange(6), torch.zeros(6)))
         assert bool(calls) == shuffles
         for part in (made.backbone, made.target_backbone):
-            assert hasattr(part[0], "splits") == (options["bn_splits"] > 1)
+            assert getattr(part[0], "splits", 1) == options["bn_splits"]
 
 
 # ------------------------------------------------------------------ the queue (T10)

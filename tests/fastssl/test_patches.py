@@ -16,20 +16,21 @@ from torch import Tensor, nn
 import loaders
 from fastssl import patches
 from fastssl.methods import byol, fastmoco, fastsiam, simsiam
+from fastssl.nn import group_batch_norm
 from fastssl.ops import combine, divide, others, own
-from fastssl.patches import Patches, patch_views, predictions
+from fastssl.patches import Patches, online_features, patch_views, predictions
 from loaders import Batch, UserError
 from loaders.views import RECIPES
 
 SPEC = RECIPES["fastmoco"](2, 224)
 
-# Variant: sizes of what is drawn after the two views, what the network sees (images of B each, height, width), M.
+# Variant: sizes of what is drawn after the two views, the network's passes (times B rows, height, width), M.
 VARIANTS = {
-    "off": ([], [(1, 224, 224)] * 2, 2),
-    "divide-encode-combine": ([], [(4, 112, 112)] * 2, 12),
-    "divide-combine-encode": ([], [(2, 224, 112)] * 2, 4),
-    "encode": ([158] * 4, [(1, 158, 158)] * 4, 4),
-    "sample-combine-encode": ([224] * 4, [(1, 112, 224), (1, 224, 112)] * 2, 4),
+    "off": ([], [(2, 224, 224)], 2),
+    "divide-encode-combine": ([], [(8, 112, 112)], 12),
+    "divide-combine-encode": ([], [(4, 224, 112)], 4),
+    "encode": ([158] * 4, [(4, 158, 158)], 4),
+    "sample-combine-encode": ([224] * 4, [(2, 112, 224), (2, 224, 112)], 4),
     "sample-encode-combine": ([112] * 8, [(8, 112, 112)], 28),
     "montage": ([], [(1, 224, 224)] * 2, 28),
 }
@@ -42,6 +43,7 @@ class Watched(TinyResNet):
     def __init__(self):
         super().__init__()
         self.seen: list[torch.Size] = []
+        group_batch_norm(self)  # as in a run: all views in one pass
         self.conv1.register_forward_hook(lambda _m, inputs, _o: self.seen.append(inputs[0].shape))
 
 
@@ -58,7 +60,11 @@ class Mean(nn.Module):
 
 
 def predict(batch: Batch, options: Patches, f: nn.Module | None = None) -> patches.Predictions:
-    return predictions(f or Mean(), nn.Identity(), nn.Identity(), batch, options)
+    return run(f or Mean(), nn.Identity(), nn.Identity(), batch, options)
+
+
+def run(f: nn.Module, g: nn.Module, h: nn.Module, batch: Batch, options: Patches) -> patches.Predictions:
+    return predictions(g, h, online_features(f, batch, options), options)
 
 
 # ------------------------------------------------------------------ every variant
@@ -75,7 +81,7 @@ def test_what_is_drawn_seen_and_predicted(variant: str) -> None:
     assert spec.views[:2] == SPEC.views
     assert spec.divide == (2 if variant == "divide-encode-combine" else 1)
     f, batch = Watched(), batch_for(spec)
-    online = predictions(f, nn.Linear(64, 16), nn.Linear(16, 8), batch, options)
+    online = run(f, nn.Linear(64, 16), nn.Linear(16, 8), batch, options)
     assert f.seen == [(2 * n, 3, height, width) for n, height, width in seen]
     assert online.p_MBD.shape == (M, 2, 8)
     assert (online.z_TBD is None) == (variant != "off")
@@ -108,8 +114,8 @@ def test_extra_crops_come_last_whole_and_predict_all_targets(variant: str) -> No
     assert spec.divide == 1  # the loader would cut the crops, too
     assert patch_views(SPEC, Patches(patches=variant, extra_crops=1)).sizes[-1] == 224
     f, batch = Watched(), batch_for(spec)
-    found = predictions(f, nn.Identity(), nn.Identity(), batch, options)
-    assert f.seen[-2:] == [(2, 3, 96, 96)] * 2
+    found = run(f, nn.Identity(), nn.Identity(), batch, options)
+    assert f.seen[-1] == (4, 3, 96, 96)
     assert found.owner_M[-2:] == [None, None] and not options.owned
     assert len(found.owner_M) == VARIANTS[variant][2] + 2 == len(found.p_MBD)
     torch.testing.assert_close(found.p_MBD[-1], f(batch.views[-1]))
@@ -205,7 +211,7 @@ def test_rectangles_are_the_tiles_joined() -> None:
     for k, x in enumerate(batch.views):
         tiles = divide(x, 2).chunk(4)
         rectangles = torch.cat([torch.cat(tiles[:2], dim=2), torch.cat(tiles[2:], dim=2)])
-        assert torch.equal(seen[k], rectangles)
+        assert torch.equal(seen[0].chunk(2)[k], rectangles)
         torch.testing.assert_close(found.p_MBD[2 * k : 2 * k + 2], rectangles.mean((2, 3)).view(2, 3, 3))
 
 
@@ -213,8 +219,10 @@ def test_drawn_rectangles_lie_and_stand_in_turn() -> None:
     options = Patches(patches="sample-combine-encode")
     batch = batch_for(patch_views(RECIPES["imagenet"](2, 16), options), 3)
     found, crops = predict(batch, options).p_MBD, batch.views[2:]
-    for i, p in enumerate(found):
-        half = crops[i][:, :, :8] if i % 2 == 0 else crops[i][..., :8]
+    halves = [crops[i][:, :, :8] for i in (0, 2)] + [
+        crops[i][..., :8] for i in (1, 3)
+    ]  # those of one shape in one pass
+    for p, half in zip(found, halves, strict=True):
         torch.testing.assert_close(p, half.mean((2, 3)))
 
 
@@ -292,7 +300,7 @@ def test_where_features_are_combined(after: str) -> None:
     f, g, h = TinyResNet(), nn.Sequential(nn.Linear(64, 16), nn.ReLU()), nn.Sequential(nn.Linear(16, 8), nn.ReLU())
     options = Patches(patches="divide-encode-combine", combine_after=after)
     batch = batch_for(patch_views(RECIPES["imagenet"](2, 64), options), 3)
-    found = predictions(f, g, h, batch, options).p_MBD
+    found = run(f, g, h, batch, options).p_MBD
     expected = []
     for x in batch.views:
         tiles = f(divide(x, 2)).unflatten(0, (4, 3))

@@ -1,0 +1,273 @@
+"""What a run will take: its parts, timed on this machine, and how often it has each.
+
+    the loader alone        read, decode, crop (, augment)        explains
+    the step alone          one batch over and over                explains
+    both together           the training loop itself               what hours are predicted from
+
+On a GPU the loop is as slow as the slower of the two; on a CPU they share the cores, so that it is slower than both.
+Only the loop itself tells. It is made of the run's own parts (`train.Trainer`), in a folder that is not the run's.
+What a run does besides (start, checkpoints, kNN monitor) is timed once and counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from fastssl import bottleneck, checkpoint, export
+from fastssl import config as configs
+from fastssl.config import Config
+from fastssl.evaluate import knn
+from fastssl.evaluate.features import extract
+from fastssl.progress import Progress
+from fastssl.train import Trainer, peak_host_memory
+from loaders import Batch
+
+PART_SECONDS, LOOP_SECONDS = 2.0, 8.0  # of measuring: each part alone, the loop
+_BLOCKS = 5  # that a measurement is cut into; the spread is theirs
+
+
+@dataclass(frozen=True)
+class Range:
+    """A figure, and the lowest and the highest that it was in blocks of the measurement."""
+
+    value: float
+    low: float
+    high: float
+
+    def __add__(self, other: Range) -> Range:
+        return Range(self.value + other.value, self.low + other.low, self.high + other.high)
+
+    def __mul__(self, factor: float) -> Range:
+        return Range(self.value * factor, self.low * factor, self.high * factor)
+
+
+def exactly(value: float) -> Range:
+    """A figure without spread."""
+    return Range(value, value, value)
+
+
+# ------------------------------------------------------------------ what a run is made of
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, measured."""
+
+    loop: Mapping[int, Range]
+    """One step of the training loop, by size of the views."""
+    start: float = 0.0
+    """Until the first step: opening the data, building, compiling."""
+    checkpoint: float = 0.0
+    """Writing one."""
+    knn: float = 0.0
+    """One evaluation of the monitor."""
+
+
+def sizes(config: Config) -> tuple[int, ...]:
+    """Sizes of the views in the course of the run, px, each for the same share of its epochs."""
+    return getattr(config.data, "size_schedule", ()) or (config.data.size,)
+
+
+def at_size(config: Config, size: int) -> Config:
+    """The run with views of this size throughout."""
+    return with_schedule(configs.replace(config, size=size), ())
+
+
+def with_schedule(config: Config, schedule: tuple[int, ...]) -> Config:
+    """The run with views of these sizes, one after another."""
+    return configs.replace(config, size_schedule=schedule) if hasattr(config.data, "size_schedule") else config
+
+
+def steps_by_size(config: Config, steps_per_epoch: int) -> Counter[int]:
+    """How many steps the run makes with views of each size."""
+    epochs, steps = config.optim.epochs, Counter()
+    left = min(epochs * steps_per_epoch, config.run.max_steps or epochs * steps_per_epoch)
+    for epoch in range(epochs):
+        steps[sizes(config)[epoch * len(sizes(config)) // epochs]] += min(left, steps_per_epoch)
+        left -= min(left, steps_per_epoch)
+    return +steps  # without zeros
+
+
+def parts(config: Config, costs: Costs, steps_per_epoch: int) -> dict[str, tuple[int, Range]]:
+    """What the run consists of: how often, and seconds in all."""
+    by_size = steps_by_size(config, steps_per_epoch)
+    steps = sum(by_size.values())
+    training = sum((costs.loop[size] * num for size, num in by_size.items()), exactly(0))
+    epochs = -(-steps // steps_per_epoch)  # begun
+    # One at the end of each epoch, others by the clock in between.
+    saves, minutes = epochs, config.run.checkpoint_minutes
+    if minutes:
+        saves += epochs * int(training.value / epochs / (60 * minutes))
+    every = config.run.knn_every
+    monitored = 1 + sum(e == epochs or bool(every and e % every == 0) for e in range(1, epochs + 1))
+    monitored = monitored if config.data.val else 0
+    return {
+        "training": (steps, training),
+        "kNN": (monitored, exactly(monitored * costs.knn)),
+        "checkpoints": (saves, exactly(saves * costs.checkpoint)),
+        "start": (1, exactly(costs.start)),
+    }
+
+
+def total(config: Config, costs: Costs, steps_per_epoch: int) -> Range:
+    """Seconds of the whole run."""
+    return sum((seconds for _, seconds in parts(config, costs, steps_per_epoch).values()), exactly(0))
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def timed(do: Callable[[], object], wait: Callable[[], None], seconds: float) -> Range:
+    """Seconds per call of `do`, measured for about `seconds` (and a call more) in blocks, which `wait` ends.
+
+    The figure is the mean, as what is predicted from it is a sum.
+    """
+    start = time.perf_counter()
+    do()
+    wait()
+    once = time.perf_counter() - start
+    each, took = max(1, round(seconds / _BLOCKS / once)), []
+    for _ in range(_BLOCKS if _BLOCKS * once < 2 * seconds else 2):
+        start = time.perf_counter()
+        for _ in range(each):
+            do()
+        wait()
+        took.append((time.perf_counter() - start) / each)
+    return Range(sum(took) / len(took), min(took), max(took))
+
+
+class Bench:
+    """The parts of a run, made in an empty `folder` that is not the run's, and timed."""
+
+    def __init__(self, config: Config, folder: Path):
+        start = time.perf_counter()
+        config = configs.replace(at_size(config, config.data.size), out=folder, resume=False, overwrite=False)
+        self.config, self.folder = config, folder
+        self.trainer = Trainer(config, Console(quiet=True))
+        self.loader, self.cuda = self.trainer.loader, self.trainer.device.type == "cuda"
+        self.images = self.loader.batch_size
+        self.batches = self._endless()
+        self.batch = self._copy(next(self.batches))
+        self._step(self.batch)
+        self.wait()
+        first = time.perf_counter()
+        self._step(self.batch)
+        self.wait()
+        self.start = 2 * first - start - time.perf_counter()  # the first step, which compiles, less an ordinary one
+
+    def _endless(self) -> Iterator[Batch]:
+        for epoch in itertools.count():
+            yield from self.loader.epoch(epoch, ahead=True)
+
+    def _copy(self, batch: Batch) -> Batch:
+        tiles = batch.tiles and [tile.clone() for tile in batch.tiles]
+        return Batch([view.clone() for view in batch.views], tiles, batch.index, batch.label)
+
+    def _step(self, batch: Batch) -> None:
+        steps = self.trainer.steps_per_epoch
+        self.trainer.train_step(batch, Progress(0, self.config.optim.epochs * steps, steps))
+
+    def wait(self) -> None:
+        """Until the device is at rest."""
+        if self.cuda:
+            torch.cuda.synchronize(self.trainer.device)
+
+    def loader_alone(self) -> tuple[Range, dict[str, float]]:
+        """Seconds per batch, and milliseconds per image of the loader's stages."""
+        for _ in self.loader.slots:  # what was prepared beforehand
+            next(self.batches)
+        before = self.loader.stats.snapshot()
+        seconds = timed(lambda: next(self.batches), self.wait, PART_SECONDS)
+        after = self.loader.stats.snapshot()
+        took = {name: after[name] - before[name] for name in after}
+        return seconds, {name: 1000 * took[name] / max(1, took["images"]) for name in bottleneck.HOST_STAGES}
+
+    def step_alone(self) -> Range:
+        """Seconds per step on one and the same batch."""
+        return timed(lambda: self._step(self.batch), self.wait, PART_SECONDS)
+
+    def loop(self, *, ahead: bool = True) -> tuple[Range, bottleneck.Report]:
+        """Seconds per step of the training loop, and where they went. `ahead`: the loader is slow enough for batches
+        that were prepared beforehand to matter."""
+        for _ in range(len(self.loader.slots) + 1 if ahead else 1):
+            self._step(next(self.batches))
+        self.wait()
+        clock, steps = bottleneck.StepClock(self.trainer.device), 0
+        before, start = self.loader.stats.snapshot(), time.perf_counter()
+
+        def advance() -> None:
+            nonlocal steps
+            batch = next(self.batches)
+            with clock:
+                self._step(batch)
+            steps += 1
+
+        seconds = timed(advance, self.wait, LOOP_SECONDS)
+        took, after = time.perf_counter() - start, self.loader.stats.snapshot()
+        report = bottleneck.report(
+            {name: after[name] - before[name] for name in after},
+            images=steps * self.images,
+            seconds=took,
+            network_seconds=clock.take(),
+            workers=self.loader.workers,
+            on_gpu=self.cuda,
+        )
+        return seconds, report
+
+    def checkpoint(self) -> tuple[float, int, int]:
+        """Seconds to write one, its bytes, and those of the weights file."""
+        self.folder.mkdir(exist_ok=True)
+        start = time.perf_counter()
+        checkpoint.save(self.folder, self.trainer._state())
+        took = time.perf_counter() - start
+        export.save_weights(self.folder / export.NAME, self.trainer.method.backbone, {})
+        return took, *(os.path.getsize(self.folder / name) for name in (checkpoint.NAME, export.NAME))
+
+    def knn(self) -> float:
+        """Seconds of one evaluation of the monitor, from a few of its images and votes; 0 without --val."""
+        trainer, run = self.trainer, self.config.run
+        if trainer.val_reader is None:
+            return 0.0
+        bank, queries = min(len(trainer.reader), run.knn_bank), len(trainer.val_reader)
+        images = bank + queries
+        if run.recalibrate_bn:
+            images = 2 * images + min(len(trainer.reader), run.recalibrate_bn)
+        num, took = 8, 0.0
+        while took < PART_SECONDS and num < bank:
+            fewer, less = num, took
+            num = min(4 * num, bank)
+            start = time.perf_counter()
+            features, _ = extract(trainer.method.backbone, trainer.reader, limit=num, **trainer._crops)
+            self.wait()
+            took = time.perf_counter() - start
+        each = (took - less) / (num - fewer) if less else took / num  # without what any number of images costs
+        few = min(queries, 256)
+        bank_ND = F.normalize(torch.randn(bank, features.shape[1], device=features.device), dim=1)
+        label_N = torch.arange(bank, device=features.device) % 1000
+        start = time.perf_counter()
+        settings = knn.Config(k=(run.knn_k,), temperature=run.knn_temperature, vote="weighted")
+        knn.accuracy((bank_ND, label_N), (bank_ND[:few], label_N[:few]), settings)
+        votes = (time.perf_counter() - start) * queries / few
+        return took + each * (images - num) + votes * (2 if run.recalibrate_bn else 1)
+
+    def memory(self) -> int:
+        """Most memory in use so far, bytes: the GPU's, or the process's."""
+        return torch.cuda.max_memory_allocated(self.trainer.device) if self.cuda else peak_host_memory()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop the loader's threads."""
+        self.batches.close()
+        self.loader.close()

@@ -1,0 +1,327 @@
+"""--plan and --fit: what they count, choose and print. As a program it compares predictions with short trainings:
+
+PYTHONPATH=tests/fastssl python tests/fastssl/test_plan.py REPEATS [PRESET] --data T.beton [OPTIONS of fastssl-train]
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small import config_of
+
+from fastssl import checkpoint, forecast
+from fastssl import config as configs
+from fastssl import plan as plans
+from fastssl.arguments import parse
+from fastssl.cards import CARDS
+from fastssl.config import Config
+from fastssl.forecast import Costs, Range, exactly, parts, steps_by_size, timed, total
+from fastssl.plan import Plan, candidates, hours, most_that_fit, options
+from fastssl.train import Trainer, main, train
+
+SMALL = [
+    "--backbone",
+    "resnet18",
+    "--size",
+    "32",
+    "--batch-size",
+    "8",
+    "--dim",
+    "32",
+    "--predictor-hidden",
+    "8",
+    "--workers",
+    "1",
+]
+SCHEDULES = hasattr(config_of("simsiam").data, "size_schedule")
+
+
+def config(**values: object) -> Config:
+    return configs.replace(config_of("fastsiam"), data="T.beton", **values)
+
+
+# ------------------------------------------------------------------ counting
+
+
+def test_steps_stop_where_max_steps_says() -> None:
+    assert steps_by_size(config(epochs=7), 10) == {32: 70}
+    assert steps_by_size(config(epochs=7, max_steps=25), 10) == {32: 25}
+    assert steps_by_size(config(epochs=7, max_steps=99), 10) == {32: 70}
+
+
+@pytest.mark.skipif(not SCHEDULES, reason="--size-schedule is not there")
+def test_a_size_schedule_has_equal_shares_of_the_epochs() -> None:
+    assert steps_by_size(config(epochs=6, size_schedule=(16, 24, 32)), 10) == {16: 20, 24: 20, 32: 20}
+    assert steps_by_size(config(epochs=6, size_schedule=(16, 24, 32), max_steps=35), 10) == {16: 20, 24: 15}
+    loop = {16: exactly(1), 24: exactly(2), 32: Range(4, 3, 6)}
+    assert total(config(epochs=6, size_schedule=(16, 24, 32)), Costs(loop), 10) == Range(140, 120, 180)
+
+
+def test_the_total_is_the_sum_of_what_the_run_does() -> None:
+    costs = Costs({32: Range(2, 1, 4)}, start=1000, checkpoint=100_000, knn=10_000_000)
+    run = config(epochs=7, checkpoint_minutes=0, val="V.beton", knn_every=3)
+    assert parts(run, costs, 10) == {
+        "training": (70, Range(140, 70, 280)),
+        "kNN": (4, exactly(40_000_000)),  # before, after epochs 3 and 6, after the last
+        "checkpoints": (7, exactly(700_000)),
+        "start": (1, exactly(1000)),
+    }
+    assert total(run, costs, 10) == Range(40_701_140, 40_701_070, 40_701_280)
+    assert parts(configs.replace(run, knn_every=0), costs, 10)["kNN"][0] == 2
+    assert parts(configs.replace(run, val=None), costs, 10)["kNN"] == (0, exactly(0))
+    # 20 s per epoch: one by the clock every 6 s, so three, and the one at the end.
+    assert parts(configs.replace(run, checkpoint_minutes=0.1), costs, 10)["checkpoints"][0] == 7 * 4
+
+
+@pytest.mark.parametrize("more", [{"epochs": 5, "knn_every": 2}, {"epochs": 4, "knn_every": 0, "max_steps": 8}])
+def test_a_real_run_does_what_is_counted(
+    more: dict, beton: Path, val_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """48 images, 6 steps per epoch."""
+    done = {"checkpoints": 0, "kNN": 0, "training": 0}
+
+    def counted(name: str, function: object) -> object:
+        def call(*args: object) -> object:
+            done[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(checkpoint, "save", counted("checkpoints", checkpoint.save))
+    monkeypatch.setattr(Trainer, "_knn_of_main", counted("kNN", Trainer._knn_of_main))
+    monkeypatch.setattr(Trainer, "_advance", counted("training", Trainer._advance))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in more.items()]
+    run = parse([*SMALL, "--data", str(beton), "--val", str(val_beton), "--out", str(tmp_path), "--knn-k=5", *flags])
+    train(run, Console(quiet=True))
+    found = parts(run, Costs({32: exactly(0.01)}), 6)
+    assert {name: num for name, (num, _) in found.items() if name in done} == done
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def test_timed_calls_for_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    lengths = iter([0.1] + 20 * [0.1] + 20 * [0.3] + 60 * [0.2])
+
+    def do() -> None:
+        nonlocal clock
+        clock += next(lengths)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    seconds = timed(do, lambda: None, 10.0)
+    assert (seconds.value, seconds.low, seconds.high) == pytest.approx((0.2, 0.1, 0.3))  # 5 blocks of 20
+    assert len(list(lengths)) == 0
+
+
+def test_timed_does_not_repeat_what_takes_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    def do() -> None:
+        nonlocal clock
+        clock += 30
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    assert timed(do, lambda: None, 10.0) == exactly(30)
+    assert clock == 3 * 30
+
+
+def test_timed_counts_what_the_device_has_still_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, queued = 0.0, 0
+
+    def do() -> None:
+        nonlocal queued
+        queued += 1
+
+    def wait() -> None:
+        nonlocal clock, queued
+        clock, queued = clock + queued, 0
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    assert timed(do, wait, 20.0) == exactly(1)
+
+
+# ------------------------------------------------------------------ --fit
+
+
+@pytest.mark.parametrize(("budget", "best"), [(5, 3), (30, 3), (40, 4), (49.9, 4), (50, 5), (1234, 123), (10240, 1024)])
+def test_most_that_fit(budget: float, best: int) -> None:
+    assert most_that_fit(lambda n: 10 * n, budget, 3) == best
+
+
+def test_candidates_end_at_the_size_and_get_cheaper() -> None:
+    assert candidates(224) == [(160, 224), (128, 160, 224), (128, 128, 224)]
+    assert candidates(64) == [(48, 64), (40, 48, 64), (40, 40, 64)]
+    assert candidates(32) == [(24, 32), (16, 24, 32), (16, 16, 32)]
+    assert candidates(8) == []
+    for size in range(9, 400):
+        for schedule in candidates(size):
+            assert list(schedule) == sorted(schedule) and schedule[-1] == size > schedule[0] >= 8
+
+
+class Told(Plan):
+    """A plan whose measurements are known: a step takes 1 s and 1 s per view, and in proportion to the pixels."""
+
+    steps_per_epoch = 100
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.costs = Costs({config.data.size: self.loop()}, start=10)
+
+    def loop(self, **changes: int) -> Range:
+        changed = configs.replace(self.config, **changes)
+        pixels = (changed.data.size / self.config.data.size) ** 2
+        return exactly((1 + changed.method_options.num_views) * pixels)
+
+
+def fits(plan: Plan, budget: float) -> dict[str, float]:
+    return {o.flags: o.seconds.value for o in options(plan, budget)}
+
+
+def test_fit_offers_the_most_of_each_kind_that_meets_the_budget() -> None:
+    plan = Told(config(epochs=10, size=224))  # K = 4: 5 s per step
+    found = fits(plan, 4100)
+    assert found.pop("(as it is)") == 10 + 10 * 100 * 5
+    assert found.pop("--epochs 8") == 10 + 8 * 100 * 5
+    assert found.pop("--num-views 3") == pytest.approx(10 + 10 * 100 * 4)
+    assert found.keys() == ({"--size-schedule 160:224"} if SCHEDULES else set())
+    assert all(seconds <= 4100 for seconds in found.values())
+
+
+def test_fit_takes_more_epochs_if_there_is_time() -> None:
+    plan = Told(config(epochs=10, size=224))
+    found = fits(plan, 7600)
+    assert found["--epochs 15"] == 10 + 15 * 100 * 5
+    assert found["(as it is)"] <= 7600 and found["--num-views 3"] <= 7600
+
+
+def test_fit_says_the_least_there_is_where_nothing_fits() -> None:
+    plan = Told(config(epochs=10, size=224, warmup_epochs=2.5))
+    found = fits(plan, 60)
+    assert found["--epochs 3"] == 10 + 3 * 100 * 5  # not fewer than warm-up takes
+    assert found["--num-views 2"] == 10 + 10 * 100 * 3
+    lines = list(plans._fit(plan, 60))
+    assert lines[-1].startswith("nothing fits; the best there is takes ") and "--epochs 3" in lines[-1]
+    assert len(list(plans._fit(plan, 4100))) == 1
+    if SCHEDULES:
+        both = "--num-views 2 --size-schedule 128:128:224"
+        assert found[both] == pytest.approx(10 + 0.6 * (found["--size-schedule 128:128:224"] - 10))
+        assert found[f"{both} --epochs 3"] < found[both]
+
+
+def test_hours_are_rounded_to_three_figures() -> None:
+    assert hours(Range(37_440, 36_360, 39_240)) == "10.4 h (10.1-10.9)"
+    assert hours(exactly(3600 * 0.25)) == "0.25 h"
+    assert hours(exactly(90)) == "1.5 min"
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "PART_SECONDS", 0.02)
+    monkeypatch.setattr(forecast, "LOOP_SECONDS", 0.02)
+
+
+def test_plan_prints_everything_and_leaves_nothing(
+    quick: None, beton: Path, val_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs" / "one"
+    flags = ["--data", str(beton), "--val", str(val_beton), "--knn-k", "5", "--epochs", "3", "--out", str(out)]
+    assert main([*SMALL, *flags, "--plan", "--recalibrate-bn", "8"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    printed = capsys.readouterr().out
+    assert "fastsiam, resnet18, 4 views of 32 px, batch 8, 3 epochs of 6 steps" in printed
+    rows = {line.split("  ")[0].strip(): line for line in printed.splitlines()}
+    for name in ("loader alone", "step alone", "training loop", "training", "checkpoints", "start", "in all"):
+        assert "measured" in rows[name] or "derived" in rows[name], name
+    assert "2 evaluations" in rows["kNN"] and "3 " in rows["checkpoints"] and "18 steps" in rows["training"]
+    for card in CARDS:
+        assert rows[card.name].rstrip().endswith("derived")
+    assert "measured" in rows["this CPU"] or "measured" in printed
+    for word in ("limit: ", "host memory: ", "checkpoint", "GB of memory free", "nothing is kept"):
+        assert word in printed
+
+
+def test_fit_implies_plan(quick: None, beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", str(beton), "--out", str(tmp_path / "one"), "--fit", "1e-6", "--epochs", "2"]
+    assert main([*SMALL, *flags]) == 0
+    assert list(tmp_path.iterdir()) == []
+    printed = capsys.readouterr().out
+    assert "(as it is)" in printed and "--num-views 2" in printed and "nothing fits" in printed
+    assert main([*SMALL, *flags, "--fit", "1000"]) == 0
+    assert "nothing fits" not in capsys.readouterr().out
+
+
+def test_a_plan_does_not_touch_the_run_that_is_there(quick: None, beton: Path, tmp_path: Path) -> None:
+    out = tmp_path / "one"
+    flags = ["--data", str(beton), "--out", str(out)]
+    assert main([*SMALL, *flags, "--max-steps", "2"]) == 0
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    assert main([*SMALL, *flags, "--plan"]) == 0
+    assert {p: p.read_bytes() for p in out.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_checkpoints_are_measured_whole(quick: None, beton: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--data", str(beton), "--max-steps", "1"]
+    train(parse([*flags, "--out", str(tmp_path / "run")]), Console(quiet=True))
+    (tmp_path / "scratch").mkdir()
+    plan = Plan(parse(flags), tmp_path / "scratch")
+    for size, name in ((plan.checkpoint_bytes, "checkpoint.pt"), (plan.weights_bytes, "weights.safetensors")):
+        assert size == pytest.approx((tmp_path / "run" / name).stat().st_size, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ("--plan", "no training data: give --data"),
+        ("--plan --data /nowhere.beton", "/nowhere.beton"),
+        ("--fit 0 --data /nowhere.beton", "--fit 0"),
+        ("--fit 3 --max-steps 5 --data /nowhere.beton", "leave --max-steps out"),
+    ],
+)
+def test_bad_input_is_one_line(flags: str, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags.split()) == 2
+    message = capsys.readouterr().err
+    assert what in message and len(message.splitlines()) == 1
+
+
+def test_plan_under_torchrun_is_refused(
+    beton: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--plan", "--data", str(beton)]) == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ predict, train, compare
+
+
+def compare(repeats: int, argv: list[str]) -> None:
+    """Print predicted and real seconds of a run, `repeats` times."""
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            run = configs.replace(parse(argv), out=Path(folder) / "run")
+            (Path(folder) / "scratch").mkdir()
+            plan = Plan(run, Path(folder) / "scratch")
+            start = time.perf_counter()
+            result = train(run, Console(quiet=True))
+            took, trained = time.perf_counter() - start, 3600 * result["hours"]
+        for name, seconds, real in (
+            ("whole", plan.seconds(), took),
+            ("training", plan.parts()["training"][1], trained),
+        ):
+            spread = f"{seconds.low:.1f}-{seconds.high:.1f}"
+            print(f"{name:8}  predicted {seconds.value:.1f} s ({spread})  real {real:.1f} s", end="  ")
+            print(f"predicted/real {seconds.value / real:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    compare(int(sys.argv[1]), sys.argv[2:])
