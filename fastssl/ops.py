@@ -172,7 +172,18 @@ def sinkhorn(
 # ------------------------------------------------------------------ combinatorial patches
 
 
-@functools.cache
+def _constant(function: Callable) -> Callable:
+    """Computed once for the same arguments, and a constant to the compiler: no copy to the device in every step."""
+    known = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    def run(*args):
+        return known(*args)
+
+    return functools.update_wrapper(run, function)
+
+
+@_constant
 def subsets(P: int, m: int, num: int | None = None) -> tuple[tuple[int, ...], ...]:
     """`num` subsets (None: all) of m out of P tiles, lexicographic, in which every tile is used equally often.
 
@@ -229,7 +240,7 @@ def combine(h_PBD: Tensor, m: int, num: int | None = None, *, by: str = "mean", 
     return torch.einsum("cp,pbd->cbd", _matrix(P, chosen, first, h_PBD.device).to(h_PBD.dtype), h_PBD)
 
 
-@functools.lru_cache(maxsize=64)
+@_constant
 def _matrix(P: int, chosen: tuple[tuple[int, ...], ...], first: float | None, device: torch.device) -> Tensor:
     """[C, P]: the share of each tile in each combination; `first` is that of a subset's first tile (None: equal)."""
     a_CP = torch.zeros(len(chosen), P)

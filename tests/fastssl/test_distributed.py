@@ -12,8 +12,9 @@ from torch import distributed as processes
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import addons, dist, methods
-from fastssl.nn import encode_shuffled
+from fastssl.nn import GroupedBatchNorm, encode_shuffled, group_batch_norm
 from fastssl.progress import Progress
+from fastssl.step import Step
 from loaders import Batch
 
 PROCESSES, IMAGES, STEPS = 2, 8, 3
@@ -83,6 +84,46 @@ def some_steps(name: str, options: dict[str, object]) -> list[dict]:
     return seen
 
 
+# How BatchNorm in train mode sees two processes as one does; a method's queue of keys is computed without shuffling.
+MODES = ("groups", "sync", "micro")
+TRAINED = {
+    n: {o: v for o, v in (ACTIVE | {"shuffle_bn": False}).items() if has(config_of(n), o)} for n in methods.available()
+}
+
+
+def trained_steps(name: str, mode: str) -> list[dict]:
+    """`Step`s in train mode, float64. groups: every process has BatchNorm statistics of its own; sync: of all; micro:
+    in micro-batches. One process does the same with BatchNorm groups as large, or with the whole batch."""
+    config, method, batch = made(name, B=IMAGES, **TRAINED[name])
+    config.run.precision, config.run.compile, config.data.batch_size = "fp32", "off", IMAGES
+    torch.manual_seed(7)
+    for p in method.parameters():
+        if p.ndim == 1 and p.requires_grad:  # not SimSiam's zero at the end of every residual branch
+            nn.init.uniform_(p, 0.5, 1)
+    alone, own = dist.size() == 1, IMAGES // PROCESSES
+    smooth(group_batch_norm(method.double(), sync=mode == "sync"))
+    config.run.micro_batch = own // 2 if mode == "micro" and not alone else None
+    step = Step(config, method, torch.device("cpu"), dist.World(dist.rank(), dist.size()))
+    for m in method.modules():
+        if isinstance(m, GroupedBatchNorm) and alone:
+            m.images = {"groups": own, "sync": None, "micro": own // 2}[mode]
+    share = slice(dist.rank() * IMAGES // dist.size(), (dist.rank() + 1) * IMAGES // dist.size())
+    seen, hook = [], step._hook
+
+    def look(which: str, progress: Progress) -> None:
+        if which == "after_backward":
+            seen.append({"grads": {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}})
+        hook(which, progress)
+
+    step._hook = look
+    for i in range(STEPS):
+        views = [(v.roll(i, 0) + i * v.roll(1, 3))[share].double() for v in batch.views]
+        loss, _ = step(Batch(views, None, batch.index[share], batch.label[share]), Progress(i, STEPS, 1))
+        seen[-1]["loss"] = loss
+    seen[-1]["state"] = {n: t.clone() for n, t in method.state_dict().items()}
+    return seen
+
+
 def smooth(module: nn.Module) -> None:
     """Without kinks: sums in another order would end on the other side of one at times, with another gradient."""
     for name, child in module.named_children():
@@ -106,6 +147,7 @@ def process(rank: int, folder: Path) -> None:
     processes.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
     addons.draw_partners = next_in_block
     results = {label: some_steps(*case) for label, case in CASES.items()}
+    results |= {(name, mode): trained_steps(name, mode) for name in methods.available() for mode in MODES}
     results["gathered"] = gathered()
     torch.save(results, folder / f"{rank}.pt")
     processes.destroy_process_group()
@@ -144,6 +186,25 @@ def test_two_processes_take_the_steps_of_one(label: str, both: list[dict], monke
                 continue
             for mine in there:
                 close(mine, here, name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", methods.available())
+def test_two_processes_train_like_one(name: str, mode: str, both: list[dict]) -> None:
+    """Loss, gradients and weights with BatchNorm in train mode, to rounding in float64."""
+    one = trained_steps(name, mode)
+    for step, here in enumerate(one):
+        each = [seen[name, mode][step] for seen in both]
+        loss = torch.stack([there["loss"] for there in each]).mean()
+        torch.testing.assert_close(loss, here["loss"], rtol=1e-8, atol=1e-8)
+        for there in each:
+            torch.testing.assert_close(there["grads"], here["grads"], rtol=1e-4, atol=1e-6)
+    for seen in both:
+        for key, here in one[-1]["state"].items():
+            if key.startswith("queues.") or (mode != "sync" and ("running" in key or "num_batches" in key)):
+                continue  # each process has its own
+            there = seen[name, mode][-1]["state"][key]
+            torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def in_order(rows: Tensor) -> Tensor:
