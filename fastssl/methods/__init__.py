@@ -9,6 +9,9 @@ A method module defines
     Method      nn.Module, built with (backbone, width, config); it has
                     backbone                   what is trained, evaluated and exported
                     forward(batch)             -> (loss, metrics): a scalar, and detached scalars to log
+                    features(batch), loss(*features)  optional, the two halves of forward: the passes of the networks
+                                               that see images, and all that follows, which is compiled as one graph
+                    separable                  optional bool: the loss is a mean over images that meet in BatchNorm only
                     param_groups()             optional: dicts {"params": [...], "fixed_lr": bool}
                     before_step(progress)      optional, before the forward pass: momentum targets, temperatures
                     after_backward(progress)   optional: drop gradients that the optimiser must not see
