@@ -12,7 +12,7 @@ import functools
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
@@ -20,6 +20,22 @@ import yaml
 from fastssl import methods
 from fastssl.options import flag
 from loaders.errors import UserError
+
+
+def _sizes(words: list[str]) -> tuple[int, ...]:
+    return tuple(int(word) for word in words[0].split(":")) if words[0] != "None" else ()
+
+
+SizeSchedule = Annotated[
+    tuple[int, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PX:PX:...",
+        instance_from_str=_sizes,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda sizes: [":".join(map(str, sizes)) or "None"],
+    ),
+]
 
 
 @dataclass(kw_only=True)
@@ -33,6 +49,9 @@ class Data:
     """Validation images (likewise): switches the kNN monitor on, with --data as its bank."""
     size: int = 224
     """Side of the square views, px."""
+    size_schedule: SizeSchedule = ()
+    """Sizes for equal shares of the epochs, the last one --size: 128:160:224. Small views first cost less (progressive
+    resizing). None: --size throughout."""
     recipe: Literal["imagenet", "fastmoco", "byol", "mocov3", "swav", "cifar", "cifar-byol"] = "imagenet"
     """Augmentation. imagenet: MoCo v2's (crops of 0.2-1 of the area, jitter, gray, blur, flip). fastmoco: the same,
     bicubic. byol: two unlike views (blur 1 and 0.1, solarize), crops of 0.08-1, bicubic. mocov3: the same, crops of
@@ -212,6 +231,14 @@ def validate(config: Config) -> None:
 
     need(bool(data.data), "no training data: give --data TRAIN.beton (made by fastssl-convert)")
     need(data.size >= 8, f"--size {data.size}: views need at least 8 px")
+    need(
+        not data.size_schedule or (data.size_schedule[-1] == data.size and min(data.size_schedule) >= 8),
+        f"--size-schedule {':'.join(map(str, data.size_schedule))}: 8 px or more, the last one --size {data.size}",
+    )
+    need(
+        len(data.size_schedule) <= optim.epochs,
+        f"--size-schedule has {len(data.size_schedule)} sizes for {optim.epochs} epochs: an epoch for each at least",
+    )
     need(data.batch_size >= 2, f"--batch-size {data.batch_size}: BatchNorm needs at least 2 images per step")
     need(data.prefetch >= 1, f"--prefetch {data.prefetch}: at least 1 batch has to be prepared")
     need(data.page_window >= 1, f"--page-window {data.page_window}: at least 1 page has to be shuffled")
@@ -255,6 +282,12 @@ def validate(config: Config) -> None:
     )
     if hasattr(config.method_options, "validate"):
         config.method_options.validate()
+
+
+def size_at(config: Config, epoch: int) -> int:
+    """Side of the views in an epoch, px (`--size-schedule`)."""
+    sizes = config.data.size_schedule or (config.data.size,)
+    return sizes[min(epoch * len(sizes) // config.optim.epochs, len(sizes) - 1)]
 
 
 def replace(config: Config, **changes: Any) -> Config:

@@ -74,12 +74,15 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     }[name]
 
 
-def make_views(config: Config) -> ViewSpec:
-    """The views that the method asks for, made by the recipe with the configuration's changes to crop and blur."""
-    data = config.data
+def make_views(config: Config, size: int | None = None) -> ViewSpec:
+    """The views that the method asks for, made by the recipe with the configuration's changes to crop and blur.
+
+    size: of the large views, px, where it is not --size.
+    """
+    data, size = config.data, size or config.data.size
 
     def recipe(num_views: int) -> ViewSpec:
-        spec = RECIPES[data.recipe](num_views, data.size)
+        spec = RECIPES[data.recipe](num_views, size)
         changes: dict[str, object] = {}
         if data.crop_min is not None:
             changes["scale"] = (data.crop_min, 1.0)
@@ -99,7 +102,9 @@ def make_method(config: Config) -> nn.Module:
     torch.manual_seed(config.run.seed)
     options = {"zero_init_residual": model.zero_init_residual, "drop_path": model.drop_path}
     net, width = backbone(model.backbone, size=config.data.size, **options)
-    for size in {*spec.sizes, *(size // spec.divide for size in spec.sizes)} - {config.data.size}:
+    specs = [spec, *(make_views(config, size) for size in config.data.size_schedule)]
+    sizes = {size // divide for spec in specs for size in spec.sizes for divide in (1, spec.divide)}
+    for size in sizes - {config.data.size}:
         check_size(model.backbone, net, size, "this method's small views or tiles")
     if hasattr(config.method_options, "check_network"):
         config.method_options.check_network(net, config.data.size)

@@ -34,7 +34,7 @@ class Parts:
     momentum: int
     """Momentum networks: parts of the method without anything to train."""
     gradients: int
-    optimizer: int
+    optimiser: int
     activations: int
     """What the forward pass keeps for the backward pass, at most; with micro-batches that of one of them. Blocks that
     are computed again count with their input."""
@@ -54,8 +54,8 @@ class Parts:
     def __str__(self) -> str:
         gigabytes = {name: (value or 0) / 1e9 for name, value in dataclasses.asdict(self).items()}
         peak = gigabytes.pop("peak")
-        parts = [f"{name} {value:.2g}" for name, value in gigabytes.items() if value or name != "momentum"]
-        return f"{', '.join(parts)} GB" + (f"; peak {peak:.2g} GB" if peak else "")
+        parts = [f"{name} {value:.3g}" for name, value in gigabytes.items() if value or name != "momentum"]
+        return f"{', '.join(parts)} GB" + (f"; peak {peak:.3g} GB" if peak else "")
 
 
 def measured_step(
@@ -74,15 +74,15 @@ def measured_step(
         result = step(batch, progress)
     momentum = [m for m in method.children() if _is_momentum(m)]
     apart = sum(_bytes(m.state_dict().values()) for m in momentum)
-    optimizer = _bytes(_tensors(step.optimizer.state))
+    optimiser = _bytes(_tensors(step.optimizer.state))
     # The first step makes the optimiser's state at its end, the others have it all the time.
-    peak = torch.cuda.max_memory_allocated(step.device) + optimizer - before if on_gpu else None
+    peak = torch.cuda.max_memory_allocated(step.device) + optimiser - before if on_gpu else None
     slots = loader.slots if loader else []
     return result, Parts(
         weights=_bytes([*method.parameters(), *method.buffers()]) - apart,
         momentum=apart,
         gradients=_bytes(p for p in method.parameters() if p.requires_grad),
-        optimizer=optimizer,
+        optimiser=optimiser,
         activations=activations.peak,
         views=_bytes(views) * max(1, len(slots)),
         loader=_bytes(crop for slot in slots for crop in slot.crops) + _decoded(loader),

@@ -343,10 +343,10 @@ def _cards(plan: Plan) -> Iterator[Table | str]:
     yield (
         f"derived: {figures(flops / 1e9)} GFLOP and {figures(moved / 1e9)} GB of memory traffic per image, counted in "
         "half precision, no operation fused with another; a card needs the longer of traffic / bandwidth and "
-        f"operations / tensor rate (its data sheet), divided by {EFFICIENCY:.2f}, what published trainings of ResNet-50 "
-        "reach of that. Compiled steps may be faster; small networks and transformers reach less. Memory: in use at "
-        "once, without driver and work space. Host threads: how many keep the card busy, and what limits with the "
-        f"{threads} beside the training loop here, at {1000 * host:.3f} ms per image and thread, measured with the "
+        f"operations / tensor rate (its data sheet), divided by {EFFICIENCY:.2f}, what published trainings of "
+        "ResNet-50 reach of that. Compiled steps may be faster; small networks and transformers reach less. Memory: in "
+        "use at once, without driver and work space. Host threads: how many keep the card busy, and what limits with "
+        f"the {threads} beside the training loop here, at {1000 * host:.3f} ms per image and thread, measured with the "
         f"backend {plan.bench.loader.backend.name}."
     )
 

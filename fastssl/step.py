@@ -124,8 +124,11 @@ class Step:
 def compile_method(method: nn.Module, mode: str | None = None, **options: Any) -> None:
     """Compile the networks that see images, and all that comes after them as one graph (`method.loss`): combinations,
     heads, targets, distances. A method without `loss` has its parts compiled. Names in the state dict stay."""
+    # One graph for every size of image: code for any size would be slower.
+    options = {"mode": mode, "dynamic": False} | options
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if hasattr(method, "loss"):
-        method.loss = torch.compile(method.loss, mode=mode, **options)
+        method.loss = torch.compile(method.loss, **options)
     for name, part in method.named_children():
         if not hasattr(method, "loss") or name in ("backbone", "target_backbone"):
-            part.compile(mode=mode, **options)
+            part.compile(**options)

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 import fastssl
-from fastssl import bottleneck, checkpoint, dist, export
+from fastssl import bottleneck, checkpoint, dist, export, memory
 from fastssl import config as configs
 from fastssl import log as logs
 from fastssl.arguments import default_folder, list_presets, parse
@@ -70,7 +70,7 @@ class Trainer:
         self.val_reader = open_data(config.data.val) if config.data.val else None
         if self.val_reader is not None and config.run.knn_k > min(len(self.reader), config.run.knn_bank):
             raise UserError(f"--knn-k {config.run.knn_k} neighbours asked of {len(self.reader)} images: use fewer")
-        self.spec = make_views(config)
+        self.spec = make_views(config, configs.size_at(config, 0))
         self.method = make_method(config)
         self.folder = Path(config.run.out) if config.run.out else default_folder(config)
         self.state: dict[str, Any] | None = None
@@ -87,11 +87,12 @@ class Trainer:
         self.best_knn: float | None = None
         self.last_knn: float | None = None
         self.last_loss: torch.Tensor | None = None  # of the last step, on the device
+        self.memory: memory.Parts | None = None  # what the first step of this process took
         self.stopping: str | None = None  # the signal that asked for it
 
-    def _open_loader(self) -> Loader:
+    def _open_loader(self, backend: str | None = None) -> Loader:
         data, world = self.config.data, self.world
-        backend = data.backend
+        backend = backend or data.backend
         if backend == "auto" and self.state is not None:
             # The backends agree, but not to the last bit: a run goes on with the one that it began with.
             backend = self.state["backend"]
@@ -139,12 +140,18 @@ class Trainer:
                 self._knn()
             self.last_checkpoint = time.perf_counter()
             self._start_clock(self.last_checkpoint)
+            started = self.step
             while self.step < self.total_steps and not self.stopping:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
+                self._set_size(configs.size_at(config, epoch))
                 self._begin_epoch()
-                for batch in self.loader.epoch(epoch, first, ahead=epoch + 1 < config.optim.epochs):
+                goes_on = epoch + 1 < config.optim.epochs
+                goes_on &= configs.size_at(config, epoch) == configs.size_at(config, epoch + 1)
+                for batch in self.loader.epoch(epoch, first, ahead=goes_on):
                     with self.clock:
                         metrics = self._advance(batch)
+                    if self.step == started + 1:
+                        self._show_memory()
                     if self.step % config.run.log_every == 0 or self.step == self.total_steps:
                         self._log(metrics)
                     if self.step >= self.total_steps or self.stopping:
@@ -163,11 +170,10 @@ class Trainer:
                     self._save()
             if self.stopping:
                 self._save()
-        except torch.OutOfMemoryError as error:
-            smaller = max(2, config.data.batch_size // 2)
+        except torch.OutOfMemoryError as error:  # not of a step, which says more: of the loader, or of the monitor
             raise UserError(
-                f"out of GPU memory with --batch-size {config.data.batch_size} and {self.spec.K} views of "
-                f"{config.data.size} px: try --batch-size {smaller} (the learning rate follows)"
+                f"out of GPU memory beside the training step, with --batch-size {config.data.batch_size} and "
+                f"{self.spec.K} views of {config.data.size} px: try a smaller --prefetch or --batch-size"
             ) from error
         finally:
             self.log.stop()
@@ -180,9 +186,23 @@ class Trainer:
         """One step; returns the method's metrics, still on the device."""
         per_epoch = self.steps_per_epoch
         progress = Progress(self.step, self.config.optim.epochs * per_epoch, per_epoch)
-        self.last_loss, metrics = self.train_step(batch, progress)
+        try:
+            if self.memory is None:
+                (self.last_loss, metrics), self.memory = memory.measured_step(
+                    self.train_step, batch, progress, self.loader
+                )
+            else:
+                self.last_loss, metrics = self.train_step(batch, progress)
+        except torch.OutOfMemoryError as error:
+            self.console.print("out of GPU memory: trying which micro-batch fits, for a minute or so", highlight=False)
+            raise memory.out_of_memory(self.train_step, batch, progress, error) from error
         self.step += 1
         return metrics
+
+    def _show_memory(self) -> None:
+        if self.world.main:
+            self.log.say(f"memory: {self.memory}")
+            self.log.write({"step": self.step, "memory_bytes": dataclasses.asdict(self.memory)})
 
     def _log(self, metrics: dict[str, torch.Tensor]) -> None:
         """The one place in the loop that waits for the device."""
@@ -207,6 +227,17 @@ class Trainer:
         if self.world.main:
             self.log.write(entry)
             self._show(entry)
+
+    def _set_size(self, size: int) -> None:
+        """Another loader, if views of another size are asked for."""
+        spec = make_views(self.config, size)
+        if spec == self.spec:
+            return
+        with self._off_the_clock():
+            self.loader.close()
+            self.spec, backend = spec, self.loader.backend.name
+            self.loader = self._open_loader(backend)
+        self.log.say(f"views of {size} px from here on")
 
     def _begin_epoch(self) -> None:
         self.epoch_began = (self.step, self.seconds, self.clock.take(), self.loader.stats.snapshot())

@@ -25,7 +25,7 @@ from loaders.errors import UserError
 # (backbone, stochastic depth): every kind of block, with BatchNorms of timm that activate, too.
 FAMILIES = {
     "resnet18": 0.0,
-    "resnet50-cifar": 0.0,
+    "resnet50": 0.0,
     "mobilenet_v2": 0.0,
     "vit-t32": 0.5,
     "timm/test_resnet": 0.5,
@@ -86,7 +86,7 @@ def test_two_steps_are_the_same_to_the_last_bit(name: str) -> None:
     net, checkpointed = pair(name, FAMILIES[name], size)
     assert list(net.state_dict()) == list(checkpointed.state_dict())
     x = torch.randn(B, 3, size, size, dtype=torch.float64)
-    assert kept(lambda: checkpointed(x), checkpointed) < 0.6 * kept(lambda: net(x), net)
+    assert kept(lambda: checkpointed(x), checkpointed) < 0.8 * kept(lambda: net(x), net)
     net.load_state_dict(checkpointed.state_dict())  # the running statistics after different numbers of passes
     expected, found = two_steps(net, size), two_steps(checkpointed, size)
     assert list(found) == list(expected)
@@ -122,12 +122,13 @@ def test_a_pass_with_frozen_statistics() -> None:
         assert torch.equal(p.grad, q.grad)
 
 
-def test_only_passes_with_gradients_in_train_mode_compute_twice() -> None:
+def test_only_passes_with_gradients_in_train_mode_compute_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     _, net = pair("resnet18")
     x, calls = torch.randn(B, 3, SIZE, SIZE, dtype=torch.float64), calls_of(net)
     num = sum(isinstance(m, nn.Conv2d) for m in net.modules())
     in_blocks = num - 1
-    with torch.no_grad():
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.delattr("fastssl.activation_checkpointing.checkpoint")
         net(x)
     assert len(calls) == num
     calls.clear()
@@ -147,7 +148,7 @@ def test_every_method_trains_the_same(name: str, micro_batch: int | None, monkey
     monkeypatch.setattr("fastssl.core.backbone", lambda *_, **__: (TinyResNet(), TinyResNet.width))
     states = []
     for checkpointing in (False, True):
-        config = config_of(name)
+        config = config_of(name, backbone="resnet18-cifar")
         config.data.batch_size, config.run.precision, config.run.micro_batch = 4, "fp32", micro_batch
         config.model.activation_checkpointing = checkpointing
         step = Step(config, make_method(config).double(), torch.device("cpu"))
@@ -163,16 +164,21 @@ def test_every_method_trains_the_same(name: str, micro_batch: int | None, monkey
         assert torch.equal(states[1][what], value), what
 
 
-@pytest.mark.parametrize(("name", "drop_path"), [("resnet18", 0.0), ("timm/test_vit", 0.5)])
-def test_compiled(name: str, drop_path: float) -> None:
-    """The compiler makes no graph breaks, and running statistics are updated once."""
-    net, checkpointed = pair(name, drop_path)
-    torch.compiler.reset()
-    expected = two_steps(net)
-    checkpointed.compile(backend="aot_eager", fullgraph=True)
-    found = two_steps(checkpointed)
-    for what, value in expected.items():
-        torch.testing.assert_close(found[what], value, rtol=1e-9, atol=1e-11, msg=lambda m, what=what: f"{what}: {m}")
+@pytest.mark.parametrize(("name", "drop_path"), [("resnet", 0.0), ("timm/test_vit", 0.5)])
+def test_compiled(name: str, drop_path: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler needs no second graph, recomputes, updates running statistics once, and drops the same paths."""
+    if name == "resnet":
+        monkeypatch.setitem(globals(), "backbone", lambda *_, **__: (TinyResNet(), TinyResNet.width))
+    nets = pair(name, drop_path)
+    x, seen = torch.randn(K * B, 3, SIZE, SIZE, dtype=torch.float64), []
+    for net in nets:
+        torch.compiler.reset()
+        net.compile(backend="aot_eager", fullgraph=True)
+        seen.append(two_steps(net))
+    for what, value in seen[0].items():
+        torch.testing.assert_close(seen[1][what], value, rtol=1e-9, atol=1e-12, msg=lambda m, what=what: f"{what}: {m}")
+    plain, checkpointed = (kept(lambda net=net: in_groups(net, x, K), net) for net in nets)
+    assert checkpointed < 0.95 * plain
     torch.compiler.reset()
 
 

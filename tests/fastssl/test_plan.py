@@ -5,6 +5,8 @@ PYTHONPATH=tests/fastssl python tests/fastssl/test_plan.py REPEATS [PRESET] --da
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 import tempfile
 import time
@@ -17,6 +19,7 @@ from small import config_of
 from fastssl import checkpoint, forecast
 from fastssl import config as configs
 from fastssl import plan as plans
+from fastssl import train as trainer
 from fastssl.arguments import parse
 from fastssl.cards import CARDS
 from fastssl.config import Config
@@ -24,20 +27,16 @@ from fastssl.forecast import Costs, Range, exactly, parts, steps_by_size, timed,
 from fastssl.plan import Plan, candidates, hours, most_that_fit, options
 from fastssl.train import Trainer, main, train
 
-SMALL = [
-    "--backbone",
-    "resnet18",
-    "--size",
-    "32",
-    "--batch-size",
-    "8",
-    "--dim",
-    "32",
-    "--predictor-hidden",
-    "8",
-    "--workers",
-    "1",
-]
+_SMALL = {
+    "backbone": "resnet18",
+    "size": 32,
+    "batch-size": 8,
+    "dim": 32,
+    "predictor-hidden": 8,
+    "workers": 1,
+    "backend": "cpu",
+}
+SMALL = [str(word) for name, value in _SMALL.items() for word in (f"--{name}", value)]
 SCHEDULES = hasattr(config_of("simsiam").data, "size_schedule")
 
 
@@ -78,7 +77,7 @@ def test_the_total_is_the_sum_of_what_the_run_does() -> None:
     assert parts(configs.replace(run, checkpoint_minutes=0.1), costs, 10)["checkpoints"][0] == 7 * 4
 
 
-@pytest.mark.parametrize("more", [{"epochs": 5, "knn_every": 2}, {"epochs": 4, "knn_every": 0, "max_steps": 8}])
+@pytest.mark.parametrize("more", [{"epochs": 3, "knn_every": 2}, {"epochs": 4, "knn_every": 0, "max_steps": 8}])
 def test_a_real_run_does_what_is_counted(
     more: dict, beton: Path, val_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +95,20 @@ def test_a_real_run_does_what_is_counted(
     monkeypatch.setattr(Trainer, "_knn_of_main", counted("kNN", Trainer._knn_of_main))
     monkeypatch.setattr(Trainer, "_advance", counted("training", Trainer._advance))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in more.items()]
-    run = parse([*SMALL, "--data", str(beton), "--val", str(val_beton), "--out", str(tmp_path), "--knn-k=5", *flags])
+    run = parse(
+        [
+            *SMALL,
+            "--data",
+            str(beton),
+            "--val",
+            str(val_beton),
+            "--out",
+            str(tmp_path),
+            "--knn-k=5",
+            "--num-views=2",
+            *flags,
+        ]
+    )
     train(run, Console(quiet=True))
     found = parts(run, Costs({32: exactly(0.01)}), 6)
     assert {name: num for name, (num, _) in found.items() if name in done} == done
@@ -223,59 +235,60 @@ def test_hours_are_rounded_to_three_figures() -> None:
 # ------------------------------------------------------------------ the command
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "PART_SECONDS", 0.02)
-    monkeypatch.setattr(forecast, "LOOP_SECONDS", 0.02)
+@pytest.fixture(scope="module")
+def planned(beton: Path, val_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run of two steps, and what --plan --fit prints of it, which leaves it as it is."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    run = [*SMALL, "--data", str(beton), "--out", str(out), "--epochs", "3"]
+    train(parse([*run, "--max-steps", "2"]), Console(quiet=True))
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecast, "PART_SECONDS", 0.02)
+        patch.setattr(forecast, "LOOP_SECONDS", 0.02)
+        patch.setattr(plans, "Console", lambda: Console(file=printed))
+        more = ["--val", str(val_beton), "--knn-k", "5", "--recalibrate-bn", "8", "--fit", "1e-6"]
+        assert main([*run, *more]) == 0
+    assert {p: p.read_bytes() for p in out.iterdir()} == before
+    assert list(out.parent.iterdir()) == [out]
+    return out, printed.getvalue()
 
 
-def test_plan_prints_everything_and_leaves_nothing(
-    quick: None, beton: Path, val_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "runs" / "one"
-    flags = ["--data", str(beton), "--val", str(val_beton), "--knn-k", "5", "--epochs", "3", "--out", str(out)]
-    assert main([*SMALL, *flags, "--plan", "--recalibrate-bn", "8"]) == 0
-    assert list(tmp_path.iterdir()) == []
-    printed = capsys.readouterr().out
+def test_plan_prints_everything_with_where_it_is_from(planned: tuple[Path, str]) -> None:
+    _, printed = planned
     assert "fastsiam, resnet18, 4 views of 32 px, batch 8, 3 epochs of 6 steps" in printed
-    rows = {line.split("  ")[0].strip(): line for line in printed.splitlines()}
-    for name in ("loader alone", "step alone", "training loop", "training", "checkpoints", "start", "in all"):
+    rows = {line.strip().split("  ")[0]: line for line in printed.splitlines()}
+    for name in ("loader alone", "decode", "augment", "step alone", "training loop", "training", "start", "in all"):
         assert "measured" in rows[name] or "derived" in rows[name], name
-    assert "2 evaluations" in rows["kNN"] and "3 " in rows["checkpoints"] and "18 steps" in rows["training"]
+    assert "2 evaluations" in rows["kNN"] and " 3 " in rows["checkpoints"] and "18 steps" in rows["training"]
     for card in CARDS:
         assert rows[card.name].rstrip().endswith("derived")
-    assert "measured" in rows["this CPU"] or "measured" in printed
-    for word in ("limit: ", "host memory: ", "checkpoint", "GB of memory free", "nothing is kept"):
+    assert sum(line.rstrip().endswith("measured") for line in printed.splitlines()) >= 2  # this machine, --fit
+    for word in ("limit: ", " memory: ", "of memory free: they fit into it", "nothing is kept"):
         assert word in printed
 
 
-def test_fit_implies_plan(quick: None, beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--data", str(beton), "--out", str(tmp_path / "one"), "--fit", "1e-6", "--epochs", "2"]
-    assert main([*SMALL, *flags]) == 0
-    assert list(tmp_path.iterdir()) == []
-    printed = capsys.readouterr().out
-    assert "(as it is)" in printed and "--num-views 2" in printed and "nothing fits" in printed
-    assert main([*SMALL, *flags, "--fit", "1000"]) == 0
-    assert "nothing fits" not in capsys.readouterr().out
+def test_disk_space_is_that_of_the_real_files(planned: tuple[Path, str]) -> None:
+    out, printed = planned
+    for name, file in (("checkpoint", "checkpoint.pt"), ("weights", "weights.safetensors")):
+        number, unit = re.search(rf"{name} ([0-9.]+) (MB|GB)", printed).groups()
+        size = float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+        assert size == pytest.approx((out / file).stat().st_size, rel=0.01), name
 
 
-def test_a_plan_does_not_touch_the_run_that_is_there(quick: None, beton: Path, tmp_path: Path) -> None:
-    out = tmp_path / "one"
-    flags = ["--data", str(beton), "--out", str(out)]
-    assert main([*SMALL, *flags, "--max-steps", "2"]) == 0
-    before = {p: p.read_bytes() for p in out.iterdir()}
-    assert main([*SMALL, *flags, "--plan"]) == 0
-    assert {p: p.read_bytes() for p in out.iterdir()} == before
-    assert list(tmp_path.iterdir()) == [out]
+def test_fit_is_printed_with_flags(planned: tuple[Path, str]) -> None:
+    _, printed = planned
+    for words in ("within 1e-06 h on this machine", "(as it is)", "--num-views 2", "--epochs 1", "nothing fits"):
+        assert words in printed
 
 
-def test_checkpoints_are_measured_whole(quick: None, beton: Path, tmp_path: Path) -> None:
-    flags = [*SMALL, "--data", str(beton), "--max-steps", "1"]
-    train(parse([*flags, "--out", str(tmp_path / "run")]), Console(quiet=True))
-    (tmp_path / "scratch").mkdir()
-    plan = Plan(parse(flags), tmp_path / "scratch")
-    for size, name in ((plan.checkpoint_bytes, "checkpoint.pt"), (plan.weights_bytes, "weights.safetensors")):
-        assert size == pytest.approx((tmp_path / "run" / name).stat().st_size, rel=0.01)
+@pytest.mark.parametrize(("flags", "planning"), [("--plan", True), ("--fit 3", True), ("", False)])
+def test_what_asks_for_a_plan(flags: str, planning: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(plans, "run", lambda _: asked.append("plan") or 0)
+    monkeypatch.setattr(trainer, "train", lambda _: asked.append("train") or {"stopped": None})
+    assert main(["--data", "T.beton", *flags.split()]) == 0
+    assert asked == ["plan" if planning else "train"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from fastssl import config as configs
 from fastssl import log as logs
 from fastssl import methods
-from fastssl.train import main
+from fastssl.train import Trainer, main
 
 ROOT = Path(__file__).parents[2]
 # Two epochs of six steps in a few seconds.
@@ -289,19 +289,6 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(
     assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
 
 
-def test_out_of_gpu_memory_says_which_batch_size_to_try(
-    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fastssl.methods import simsiam
-
-    def forward(_self, _batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    monkeypatch.setattr(simsiam.Method, "forward", forward)
-    error = one_line(capsys, "--data", beton, "--out", tmp_path / "run", *SMALL, "--method", "simsiam")
-    assert "out of GPU memory with --batch-size 8 and 2 views of 32 px: try --batch-size 4" in error
-
-
 @pytest.mark.filterwarnings("ignore:replaced")
 def test_a_jpeg_that_breaks_while_training_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from conftest import write_beton
@@ -484,3 +471,34 @@ def test_a_run_goes_on_with_the_backend_it_began_with(beton: Path, tmp_path: Pat
     assert train("--out", folder, "--resume", "--max-steps", "6") == 0
     assert "backend cpu" in capsys.readouterr().out
     assert train("--out", folder, "--resume", "--backend", "resident", "--max-steps", "9") == 0
+
+
+def test_sizes_follow_their_schedule(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Equal shares of the epochs; a resumed run goes on with the size that was due, and the same losses."""
+    words = ["--data", str(beton), *map(str, SMALL), "--epochs", "4", "--size", "32", "--size-schedule", "16:24:32"]
+    words += ["--backbone", "resnet18-cifar", "--log-every", "1"]
+    seen, step = [], Trainer._advance
+
+    def look(self: Trainer, batch: object) -> object:
+        seen.append(batch.views[0].shape[-1])
+        return step(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_advance", look)
+        assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    per_epoch = len(seen) // 4
+    assert seen == [16] * 2 * per_epoch + [24] * per_epoch + [32] * per_epoch
+    assert main([*words, "--out", str(tmp_path / "parts"), "--max-steps", str(2 * per_epoch + 1)]) == 0
+    assert main(["--out", str(tmp_path / "parts"), "--resume", "--max-steps", str(4 * per_epoch)]) == 0
+    losses = [
+        [e["loss"] for e in logs.read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in e]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4 * per_epoch
+    for bad, why in (
+        ("16:24", "the last one --size 32"),
+        ("4:32", "8 px or more"),
+        ("8:8:8:8:32", "an epoch for each"),
+    ):
+        assert main([*words, "--size-schedule", bad, "--out", str(tmp_path / "bad")]) == 2
+        assert why in capsys.readouterr().err and not (tmp_path / "bad").exists()
