@@ -1,18 +1,28 @@
 """Everything here that needs a GPU, in one command of less than nine minutes, and one record of what it showed.
 
     python -m benchmarks.gpu_suite [--data TRAIN.beton] [--out RECORD.md] [--minutes 9]
+    python -m benchmarks.gpu_suite --only cifar --cifar TRAIN.beton VAL.beton
 
-Parts, each a command of its own with a limit of time; one that fails or does not fit is named and the others go on:
+Parts, each a command of its own with a limit of time, the most important first; one that fails or does not fit is named
+and the others go on. `--only NAMES` in a second call takes what did not fit into the first.
 
     tests          python -m pytest -m gpu: conformance of all backends on the device, compiled augmentation against
                    plain, training in fp16, bf16 and fp32 with exact resume, no host sync in loader or step
+    step           ResNet-50, FastSiam, 32 x 4 x 224 px: ms, GB and rates, from eager fp32 to the compiled step and CUDA
+                   graphs, beside lightly's FastSiam and SimSiam's loop (aim: compiled 1.3 x eager channels_last AMP)
+    memory         the same step in fp16 alone on the card (aim: 11 GB at most, CUDA's own included)
+    e2e            ResNet-50, FastSiam, 4 x 224 px, batch 64: share of the speed on synthetic views (aim: 0.98), and
+                   what limits; with the CPU's decoder, and as e2e-resident and e2e-dali with those
+    step-large     `step` with 128 images, without fp32
     augment        views per second of the fused augmentation, against the memory's speed and kornia
+    e2e-peers      ResNet-50 against lightly's FastSiam and SimSiam's loop, each with its own DataLoader
     loader         views per second with the CPU's, DALI's and the resident decoder, beside the peers
-    e2e            ResNet-50, FastSiam, 4 x 224 px: share of the speed on synthetic views, and what limits; with the
-                   CPU's decoder, and as e2e-resident and e2e-dali with those
-    e2e-resnet18   the same with a network that takes several times as many views
+    e2e-resnet18   e2e with a network that takes several times as many views
+    step-others    `step` of ResNet-18, ResNet-34, MobileNetV2 and ViT-S/16: eager AMP and compiled
+    cifar          with --cifar only, and beyond --minutes: fastsiam-cifar10-200ep from start to end, kNN and minutes
 
-Parts whose package is missing are passed over by name.
+Parts whose package is missing are passed over by name. The lines "aim: ..." of all parts, with pass or FAIL, are at the
+head of the record; a missed aim is a finding, not a failure of the suite.
 Without --data it makes 512 pictures of ImageNet's size. The record goes to benchmarks/records/ unless --out says
 otherwise. Where there is no CUDA device the command says so in one line, does nothing, and exits with status 0.
 """
@@ -21,7 +31,9 @@ from __future__ import annotations
 
 import datetime
 import io
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,13 +48,19 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.common import FILE_WIDTH, ROOT, machine
+from benchmarks.step import RATES, verdict
+from fastssl import log as logs
 from fastssl.cli import run_command
 from loaders.backends import dali
 from loaders.beton import Writer
-from loaders.errors import UserError
+from loaders.errors import UserError, unknown
 
 RECORDS = ROOT / "benchmarks" / "records"
 LEAST_SECONDS = 10.0  # with less left, a part is not begun
+CIFAR_SECONDS = 1800.0
+CIFAR_RUN = Path(tempfile.gettempdir()) / "fastssl-gpu-suite-cifar"
+LIGHTLY_KNN = 90.6  # %, FastSiam after 200 epochs with ResNet-18, batch 128: lightly's table, in 164 minutes
+CIFAR_MINUTES = 10.0
 
 
 @dataclass(kw_only=True)
@@ -57,6 +75,8 @@ class Config:
     """Time for everything."""
     only: tuple[str, ...] = ()
     """These parts only."""
+    cifar: tuple[Path, Path] | None = None
+    """Training and validation images of CIFAR-10 (.beton): adds the part `cifar`, which takes more than --minutes."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,7 @@ class Part:
     command: tuple[str, ...]
     seconds: float
     missing: str | None = None  # why it cannot run here
+    own_time: bool = False  # its seconds are not part of --minutes
 
 
 @dataclass(frozen=True)
@@ -82,23 +103,46 @@ class Outcome:
     def fine(self) -> bool:
         return self.status.startswith(("ok", "passed over"))
 
+    @property
+    def aims(self) -> list[str]:
+        """The lines about aims that it printed (`benchmarks.step.verdict`)."""
+        return re.findall(r"^aim: (.+?)\s*$", self.output, re.MULTILINE)
 
-def parts(data: Path) -> list[Part]:
+
+def parts(data: Path, cifar: tuple[Path, Path] | None = None) -> list[Part]:
     """What is to be done, the most important first."""
     module = (sys.executable, "-m")
     ours = ("--only", "cpu", "cpu-crops", "dali", "dali-crops", "resident", "resident-crops", "pil", "dali-full")
     e2e = (*module, "benchmarks.e2e", "fastsiam-imagenet-25ep", "--data", str(data), "--repeats", "3")
-    step = ("--batch-size", "64", "--steps", "20")
+    batch_64 = ("--batch-size", "64", "--steps", "20")
+    peers = ("--batch-size", "32", "--steps", "10", "--backend", "cpu", "--peers", "lightly", "lightly-amp", "simsiam")
     r18 = ("--backbone", "resnet18", "--batch-size", "128", "--steps", "20")
-    return [
-        Part("tests", (*module, "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider"), 240),
+    step, r50 = (*module, "benchmarks.step", "--data", str(data)), ("--backbones", "resnet50")
+    large = ("--batch-size", "128", "--only", "amp", "one-pass", "compiled", "reduce-overhead", "lightly-amp", *RATES)
+    alone = ("--precision", "fp16", "--only", "compiled", "--repeats", "1", "--card-gb", "11")
+    networks = ("--backbones", "resnet18", "resnet34", "mobilenet_v2", "vit-s16", "--only", "amp", "compiled", *RATES)
+    made = [
+        Part("tests", (*module, "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider"), 170),
+        Part("step", (*step, *r50), 180),
+        Part("memory", (*step, *r50, *alone), 90),
+        Part("e2e", (*e2e, *batch_64, "--backend", "cpu"), 90),
+        Part("e2e-resident", (*e2e, *batch_64, "--backend", "resident"), 60),
+        Part("step-large", (*step, *r50, *large), 120),
         Part("augment", (*module, "benchmarks.augment", "--data", str(data), "--repeats", "5"), 100),
+        Part("e2e-peers", (*e2e, *peers), 120),
         Part("loader", (*module, "benchmarks.loader", "--data", str(data), "--workers", "8", *ours), 120),
-        Part("e2e", (*e2e, *step, "--backend", "cpu"), 90),
-        Part("e2e-resident", (*e2e, *step, "--backend", "resident"), 60),
-        Part("e2e-dali", (*e2e, *step, "--backend", "dali"), 60, dali.Backend.missing(torch.device("cuda"))),
+        Part("e2e-dali", (*e2e, *batch_64, "--backend", "dali"), 60, dali.Backend.missing(torch.device("cuda"))),
         Part("e2e-resnet18", (*e2e, *r18, "--backend", "cpu"), 60),
+        Part("step-others", (*step, *networks), 240),
     ]
+    if cifar:
+        train, val = (str(path.resolve()) for path in cifar)
+        run = ("--data", train, "--val", val, "--out", str(CIFAR_RUN), "--overwrite", "--knn-every", "50")
+        # lightly's votes: 200 neighbours, temperature 0.1.
+        knn = ("--knn-k", "200", "--knn-temperature", "0.1")
+        command = (*module, "fastssl.train", "fastsiam-cifar10-200ep", *run, *knn)
+        made.append(Part("cifar", command, CIFAR_SECONDS, own_time=True))
+    return made
 
 
 def run(part: Part, limit: float) -> Outcome:
@@ -108,16 +152,33 @@ def run(part: Part, limit: float) -> Outcome:
     if limit < LEAST_SECONDS:
         return Outcome(part, "not begun: no time left", 0.0, "")
     start = time.monotonic()
+    # A group of processes, so that none of a part's helpers outlives it.
+    process = subprocess.Popen(
+        part.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=os.setpgrp
+    )
     try:
-        done = subprocess.run(
-            part.command, cwd=ROOT, timeout=limit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        status, output = "ok" if done.returncode == 0 else f"failed with status {done.returncode}", done.stdout
-    except subprocess.TimeoutExpired as error:
-        printed = error.stdout or b""
-        output = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
+        output, _ = process.communicate(timeout=limit)
+        status = "ok" if process.returncode == 0 else f"failed with status {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
         status = f"stopped after {limit:.0f} s"
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if part.name == "cifar" and status == "ok":
+        output += "\n".join(["", *cifar_aims(CIFAR_RUN)])
     return Outcome(part, status, time.monotonic() - start, output)
+
+
+def cifar_aims(folder: Path) -> list[str]:
+    """What a finished run on CIFAR-10 came to, as aims."""
+    entries = logs.read_metrics(folder / logs.METRICS)
+    knn, minutes = max(e["knn"] for e in entries if "knn" in e), max(e.get("seconds", 0) for e in entries) / 60
+    return [
+        verdict("FastSiam, CIFAR-10, 200 epochs: kNN in %", knn, LIGHTLY_KNN),
+        verdict("FastSiam, CIFAR-10, 200 epochs: minutes of training", minutes, CIFAR_MINUTES, at_most=True),
+    ]
 
 
 def make_pictures(path: Path, num: int = 512) -> None:
@@ -141,6 +202,8 @@ def record(outcomes: list[Outcome], about: dict) -> str:
         "",
         f"{about['cpu']}, {about['cores']} cores, {about['memory_gb']} GB; CUDA {gpu and gpu['cuda']}, capability "
         f"{gpu and gpu['capability']}; commit {about['commit']}; " + ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "",
+        *(f"- {o.part.name}: {aim}" for o in outcomes for aim in o.aims),
         "",
         "| part | outcome | seconds |",
         "|---|---|---|",
@@ -166,13 +229,15 @@ def suite(config: Config, console: Console) -> int:
         data = config.data or Path(folder) / "pictures.beton"
         if config.data is None:
             make_pictures(data)
-        chosen = [p for p in parts(data.resolve()) if not config.only or p.name in config.only]
-        if not chosen:
-            names = ", ".join(p.name for p in parts(data))
-            raise UserError(f"--only {' '.join(config.only)} leaves nothing to do; parts are: {names}")
+        all_parts = parts(data.resolve(), config.cifar)
+        names = [p.name for p in all_parts]
+        for name in config.only:
+            if name not in names:
+                raise unknown("part", name, names)
+        chosen = [p for p in all_parts if not config.only or p.name in config.only]
         for part in chosen:
             left = 60 * config.minutes - (time.monotonic() - started)
-            outcome = run(part, min(part.seconds, left))
+            outcome = run(part, part.seconds if part.own_time else min(part.seconds, left))
             outcomes.append(outcome)
             console.print(f"{part.name}: {outcome.status} ({outcome.seconds:.0f} s)", highlight=False)
             console.print(outcome.output, highlight=False, markup=False)

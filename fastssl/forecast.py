@@ -146,6 +146,30 @@ def timed(do: Callable[[], object], wait: Callable[[], None], seconds: float) ->
     return Range(sum(took) / len(took), min(took), max(took))
 
 
+class Neighbours:
+    """Other programs on the machine, from when this is made on."""
+
+    def __init__(self) -> None:
+        self.began = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds on the clock, of CPU time of all programs, and of this one; None where the system does not say."""
+        try:
+            ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+        except (OSError, ValueError, IndexError):
+            return None
+        idle = ticks[3] + ticks[4]  # with waiting for disks
+        return time.perf_counter(), (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+    def cores(self) -> float:
+        """How many cores they kept busy, if that left less than a tenth of the machine idle; else 0."""
+        if self.began is None or (now := self._now()) is None:
+            return 0.0
+        seconds, everybody, own = (b - a for a, b in zip(self.began, now, strict=True))
+        return max(0.0, everybody - own) / seconds if everybody > 0.9 * seconds * (os.cpu_count() or 1) else 0.0
+
+
 class Bench:
     """The parts of a run, made in an empty `folder` that is not the run's, and timed."""
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from loaders.augment import divide
 
@@ -174,11 +175,16 @@ def sinkhorn(
 
 def _constant(function: Callable) -> Callable:
     """Computed once for the same arguments, and a constant to the compiler: no copy to the device in every step."""
-    known = functools.cache(function)
+    known: dict[tuple, object] = {}
 
     @torch.compiler.assume_constant_result
     def run(*args):
-        return known(*args)
+        if args in known:
+            return known[args]
+        made = function(*args)
+        if not isinstance(made, FakeTensor):  # as when costs are counted: it has no values
+            known[args] = made
+        return made
 
     return functools.update_wrapper(run, function)
 

@@ -25,7 +25,19 @@ from fastssl.arguments import default_folder
 from fastssl.cards import CARDS, EFFICIENCY, bound, seconds_per_image
 from fastssl.config import Config
 from fastssl.cost import work
-from fastssl.forecast import Bench, Costs, Range, at_size, exactly, parts, sizes, steps_by_size, total, with_schedule
+from fastssl.forecast import (
+    Bench,
+    Costs,
+    Neighbours,
+    Range,
+    at_size,
+    exactly,
+    parts,
+    sizes,
+    steps_by_size,
+    total,
+    with_schedule,
+)
 from fastssl.log import duration, figures
 from loaders.backends.cpu import default_workers
 from loaders.backends.resident import bytes_free
@@ -44,7 +56,9 @@ class Plan:
             self.bench = bench
             self.loader, self.stages = bench.loader_alone()
             self.step = bench.step_alone()
+            neighbours = Neighbours()
             loop, self.report = bench.loop(ahead=self._ahead)
+            self.others = neighbours.cores()
             self.memory = bench.memory()
             seconds, self.checkpoint_bytes, self.weights_bytes = bench.checkpoint()
             self.costs = Costs({config.data.size: loop}, bench.start, seconds, bench.knn())
@@ -267,7 +281,7 @@ def _stages(plan: Plan) -> Iterator[Table | str]:
         yield f"loader and network share the cores: the loader costs {share} of the time (measured)"
 
 
-def _hours(plan: Plan) -> Iterator[Table]:
+def _hours(plan: Plan) -> Iterator[Table | str]:
     """How long the run takes."""
     table = _table("the whole run", "part", "how often", "each", "time", "spread", "basis")
     each = {"training": "steps", "kNN": "evaluations", "checkpoints": "", "start": ""}
@@ -279,6 +293,11 @@ def _hours(plan: Plan) -> Iterator[Table]:
             table.add_row(name, f"{num:,} {each[name]}".strip(), one, _time(seconds.value), spread, basis)
     table.add_row("in all", "", "", hours(plan.seconds()), "", "derived: the sum", style="bold")
     yield table
+    if plan.others > 0.05 * _cores():
+        yield (
+            f"other programs kept {plan.others:.1f} of {os.cpu_count()} cores busy while the loop was measured: as long as "
+            "they do, it takes this long; on a quiet machine less (measured)"
+        )
 
 
 def hours(seconds: Range) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from loaders import Batch, Loader
 from loaders.beton import Reader
 
 B, CPU, FIRST = 8, torch.device("cpu"), Progress(0, 2, 1)
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
@@ -173,7 +175,7 @@ def test_the_largest_divisor_that_fits(
     room(bytes)
     monkeypatch.setattr(memory, "_used", used)
     batch = Batch([], None, torch.arange(images), torch.arange(images))
-    assert largest_micro_batch(None, batch, FIRST) == largest
+    assert largest_micro_batch(SimpleNamespace(device=CPU), batch, FIRST) == largest
 
 
 @pytest.mark.parametrize("name", ["simsiam", "dino"])
@@ -216,7 +218,7 @@ def test_other_errors_are_not_taken_for_it(room: Callable, monkeypatch: pytest.M
         ({"micro_batch": 4}, "--batch-size 8, --micro-batch 4 and 2 views of 32 px, and the smallest micro-batch"),
         ({}, "add --activation-checkpointing, or use a smaller --size"),
         ({"activation_checkpointing": True}, "does not fit either: use a smaller --size"),
-        ({"backbone": "timm/test_resnet"}, "px: use a smaller --batch-size, or --activation-checkpointing"),
+        ({"backbone": "timm/test_efficientnet"}, "px: use a smaller --batch-size, or --activation-checkpointing"),
     ],
 )
 def test_what_is_said_if_nothing_fits(changes: dict, message: str, room: Callable) -> None:
@@ -262,6 +264,7 @@ def test_the_advice_after_running_out_of_memory_works(
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_on_a_gpu_the_advice_is_right(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card that is made small: the batch does not fit, the micro-batch named does, and twice as many do not."""
@@ -292,6 +295,7 @@ def test_on_a_gpu_the_advice_is_right(checkpointing: bool, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 def test_on_a_gpu_the_peak_is_the_allocators() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     step, batch = made(device=device, images=64, size=64)
