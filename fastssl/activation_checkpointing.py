@@ -1,5 +1,5 @@
 """Activation checkpointing: blocks of a backbone keep only their input for the backward pass, which computes the rest
-again (Chen et al. 2016). Less memory for about a third more computing, and the same numbers: losses, gradients,
+again (Chen et al. 2016). Less memory for one more forward pass, and the same numbers: losses, gradients,
 running statistics and what stochastic depth drops.
 """
 

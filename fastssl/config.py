@@ -100,7 +100,7 @@ class Model:
     """BatchNorm statistics over all processes (SimSiam section 3 uses it on 8 GPUs)."""
     activation_checkpointing: bool = False
     """Keep only the input of each of the backbone's blocks for the backward pass and compute the rest again: a fraction
-    of the memory for about a third more computing, with the same results."""
+    of the memory for a third to a half more time, with the same results."""
 
 
 @dataclass(kw_only=True)

@@ -37,7 +37,7 @@ class Parts:
     optimiser: int
     activations: int
     """What the forward pass keeps for the backward pass, at most; with micro-batches that of one of them. Blocks that
-    are computed again count with their input."""
+    are computed again count with their input; weights in half precision are counted here."""
     views: int
     """Of all batches that are being trained on, ready, or being made."""
     loader: int

@@ -295,8 +295,8 @@ def _hours(plan: Plan) -> Iterator[Table | str]:
     yield table
     if plan.others > 0.05 * _cores():
         yield (
-            f"other programs kept {plan.others:.1f} of {os.cpu_count()} cores busy while the loop was measured: as long as "
-            "they do, it takes this long; on a quiet machine less (measured)"
+            f"other programs kept {plan.others:.1f} of {os.cpu_count()} cores busy while the loop was measured: as "
+            "long as they do, it takes this long; on a quiet machine less (measured)"
         )
 
 

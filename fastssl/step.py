@@ -51,6 +51,8 @@ class Step:
 
     def __call__(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Train on a batch. Returns the loss and the method's metrics, without gradient, still on the device."""
+        if self.config.run.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs returned in the last step may be overwritten
         self._set_schedules(progress)
         self._hook("before_step", progress)
         loss, metrics = self._forward_backward(batch)

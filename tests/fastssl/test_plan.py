@@ -1,11 +1,14 @@
 """--plan and --fit: what they count, choose and print. As a program it compares predictions with short trainings:
 
-PYTHONPATH=tests/fastssl python tests/fastssl/test_plan.py REPEATS [PRESET] --data T.beton [OPTIONS of fastssl-train]
+    PYTHONPATH=.:tests/fastssl python tests/fastssl/test_plan.py REPEATS elapsed|cpu [PRESET] --data T.beton [OPTIONS]
+
+elapsed: seconds on the clock, which other programs change. cpu: everything in CPU seconds of this process.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import tempfile
@@ -23,7 +26,7 @@ from fastssl import train as trainer
 from fastssl.arguments import parse
 from fastssl.cards import CARDS
 from fastssl.config import Config
-from fastssl.forecast import Costs, Range, exactly, parts, steps_by_size, timed, total
+from fastssl.forecast import Costs, Neighbours, Range, exactly, parts, steps_by_size, timed, total
 from fastssl.plan import Plan, candidates, hours, most_that_fit, options
 from fastssl.train import Trainer, main, train
 
@@ -156,6 +159,26 @@ def test_timed_counts_what_the_device_has_still_to_do(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
     assert timed(do, wait, 20.0) == exactly(1)
+
+
+def test_neighbours_are_noticed_only_where_they_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    times = [(0, 100, 10), (10, 139, 12)]  # of 40 core seconds 39 busy, 2 of them ours
+    monkeypatch.setattr(Neighbours, "_now", staticmethod(lambda: times.pop(0)))
+    assert Neighbours().cores() == 3.7
+    times = [(0, 100, 10), (10, 130, 12)]
+    assert Neighbours().cores() == 0
+    times = [None, (10, 130, 12)]
+    assert Neighbours().cores() == 0
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc")
+def test_the_machine_is_busy_for_at_least_as_long_as_this_program() -> None:
+    before, end = Neighbours._now(), time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    seconds, everybody, own = (b - a for a, b in zip(before, Neighbours._now(), strict=True))
+    assert own >= 0.3 and everybody >= own - 0.1 and everybody <= seconds * os.cpu_count() + 0.1
 
 
 # ------------------------------------------------------------------ --fit
@@ -337,4 +360,6 @@ def compare(repeats: int, argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    compare(int(sys.argv[1]), sys.argv[2:])
+    if sys.argv[2] == "cpu":
+        time.perf_counter = time.process_time
+    compare(int(sys.argv[1]), sys.argv[3:])
