@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from fastssl import bottleneck, checkpoint, export
+from fastssl import bottleneck, checkpoint, export, memory
 from fastssl import config as configs
+from fastssl import log as logs
 from fastssl.config import Config
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract
@@ -65,8 +66,10 @@ class Costs:
 
     loop: Mapping[int, Range]
     """One step of the training loop, by size of the views."""
-    start: float = 0.0
-    """Until the first step: opening the data, building, compiling."""
+    start: Mapping[int, float]
+    """Until the first step at each size: opening the data, building, compiling."""
+    files: float = 0.0
+    """Writing what the run folder holds besides checkpoints: the views at the start, weights and curves at the end."""
     checkpoint: float = 0.0
     """Writing one."""
     knn: float = 0.0
@@ -75,17 +78,12 @@ class Costs:
 
 def sizes(config: Config) -> tuple[int, ...]:
     """Sizes of the views in the course of the run, px, each for the same share of its epochs."""
-    return getattr(config.data, "size_schedule", ()) or (config.data.size,)
+    return config.data.size_schedule or (config.data.size,)
 
 
 def at_size(config: Config, size: int) -> Config:
     """The run with views of this size throughout."""
-    return with_schedule(configs.replace(config, size=size), ())
-
-
-def with_schedule(config: Config, schedule: tuple[int, ...]) -> Config:
-    """The run with views of these sizes, one after another."""
-    return configs.replace(config, size_schedule=schedule) if hasattr(config.data, "size_schedule") else config
+    return configs.replace(config, size=size, size_schedule=())
 
 
 def steps_by_size(config: Config, steps_per_epoch: int) -> Counter[int]:
@@ -93,7 +91,7 @@ def steps_by_size(config: Config, steps_per_epoch: int) -> Counter[int]:
     epochs, steps = config.optim.epochs, Counter()
     left = min(epochs * steps_per_epoch, config.run.max_steps or epochs * steps_per_epoch)
     for epoch in range(epochs):
-        steps[sizes(config)[epoch * len(sizes(config)) // epochs]] += min(left, steps_per_epoch)
+        steps[configs.size_at(config, epoch)] += min(left, steps_per_epoch)
         left -= min(left, steps_per_epoch)
     return +steps  # without zeros
 
@@ -115,7 +113,8 @@ def parts(config: Config, costs: Costs, steps_per_epoch: int) -> dict[str, tuple
         "training": (steps, training),
         "kNN": (monitored, exactly(monitored * costs.knn)),
         "checkpoints": (saves, exactly(saves * costs.checkpoint)),
-        "start": (1, exactly(costs.start)),
+        "start": (len(by_size), exactly(sum(costs.start[size] for size in by_size))),
+        "files": (1, exactly(costs.files)),
     }
 
 
@@ -182,7 +181,7 @@ class Bench:
         self.images = self.loader.batch_size
         self.batches = self._endless()
         self.batch = self._copy(next(self.batches))
-        self._step(self.batch)
+        self.memory = self._first_step()
         self.wait()
         first = time.perf_counter()
         self._step(self.batch)
@@ -197,9 +196,20 @@ class Bench:
         tiles = batch.tiles and [tile.clone() for tile in batch.tiles]
         return Batch([view.clone() for view in batch.views], tiles, batch.index, batch.label)
 
-    def _step(self, batch: Batch) -> None:
+    @property
+    def _progress(self) -> Progress:
         steps = self.trainer.steps_per_epoch
-        self.trainer.train_step(batch, Progress(0, self.config.optim.epochs * steps, steps))
+        return Progress(0, self.config.optim.epochs * steps, steps)
+
+    def _first_step(self) -> memory.Parts:
+        step = self.trainer.train_step
+        try:
+            return memory.measured_step(step, self.batch, self._progress, self.loader)[1]
+        except torch.OutOfMemoryError as error:
+            raise memory.out_of_memory(step, self.batch, self._progress, error) from error
+
+    def _step(self, batch: Batch) -> None:
+        self.trainer.train_step(batch, self._progress)
 
     def wait(self) -> None:
         """Until the device is at rest."""
@@ -248,14 +258,17 @@ class Bench:
         )
         return seconds, report
 
-    def checkpoint(self) -> tuple[float, int, int]:
-        """Seconds to write one, its bytes, and those of the weights file."""
-        self.folder.mkdir(exist_ok=True)
+    def write(self) -> tuple[float, float, int, int]:
+        """Seconds to write a checkpoint and the run's other files, bytes of a checkpoint and of the weights."""
         start = time.perf_counter()
+        self.trainer._open_folder()
+        opened = time.perf_counter()
         checkpoint.save(self.folder, self.trainer._state())
-        took = time.perf_counter() - start
+        saved = time.perf_counter()
         export.save_weights(self.folder / export.NAME, self.trainer.method.backbone, {})
-        return took, *(os.path.getsize(self.folder / name) for name in (checkpoint.NAME, export.NAME))
+        logs.save_curves(self.folder / "curves.png", [], 1.0)
+        files = time.perf_counter() - saved + opened - start
+        return saved - opened, files, *(os.path.getsize(self.folder / n) for n in (checkpoint.NAME, export.NAME))
 
     def knn(self) -> float:
         """Seconds of one evaluation of the monitor, from a few of its images and votes; 0 without --val."""
@@ -266,15 +279,16 @@ class Bench:
         images = bank + queries
         if run.recalibrate_bn:
             images = 2 * images + min(len(trainer.reader), run.recalibrate_bn)
-        num, took = 8, 0.0
-        while took < PART_SECONDS and num < bank:
+        num, took = min(8, bank), 0.0
+        while took < PART_SECONDS and (num < bank or not took):
             fewer, less = num, took
             num = min(4 * num, bank)
             start = time.perf_counter()
             features, _ = extract(trainer.method.backbone, trainer.reader, limit=num, **trainer._crops)
             self.wait()
             took = time.perf_counter() - start
-        each = (took - less) / (num - fewer) if less else took / num  # without what any number of images costs
+        # Without what any number of images costs.
+        each = max(0.0, took - less) / (num - fewer) if less else took / num
         few = min(queries, 256)
         bank_ND = F.normalize(torch.randn(bank, features.shape[1], device=features.device), dim=1)
         label_N = torch.arange(bank, device=features.device) % 1000
@@ -284,7 +298,7 @@ class Bench:
         votes = (time.perf_counter() - start) * queries / few
         return took + each * (images - num) + votes * (2 if run.recalibrate_bn else 1)
 
-    def memory(self) -> int:
+    def peak(self) -> int:
         """Most memory in use so far, bytes: the GPU's, or the process's."""
         return torch.cuda.max_memory_allocated(self.trainer.device) if self.cuda else peak_host_memory()
 

@@ -24,6 +24,7 @@ from fastssl import config as configs
 from fastssl.arguments import default_folder
 from fastssl.cards import CARDS, EFFICIENCY, bound, seconds_per_image
 from fastssl.config import Config
+from fastssl.core import make_method
 from fastssl.cost import work
 from fastssl.forecast import (
     Bench,
@@ -36,7 +37,6 @@ from fastssl.forecast import (
     sizes,
     steps_by_size,
     total,
-    with_schedule,
 )
 from fastssl.log import duration, figures
 from loaders.backends.cpu import default_workers
@@ -59,9 +59,10 @@ class Plan:
             neighbours = Neighbours()
             loop, self.report = bench.loop(ahead=self._ahead)
             self.others = neighbours.cores()
-            self.memory = bench.memory()
-            seconds, self.checkpoint_bytes, self.weights_bytes = bench.checkpoint()
-            self.costs = Costs({config.data.size: loop}, bench.start, seconds, bench.knn())
+            self.memory = bench.peak()
+            saving, files, self.checkpoint_bytes, self.weights_bytes = bench.write()
+            size = config.data.size
+            self.costs = Costs({size: loop}, {size: bench.start}, files, saving, bench.knn())
         self.measure_sizes(sizes(config))
         self.work = {size: work(at_size(config, size)) for size in sizes(config)}
 
@@ -69,15 +70,18 @@ class Plan:
     def _ahead(self) -> bool:
         return 2 * self.loader.value > self.step.value
 
-    def loop(self, **changes: int) -> Range:
-        """Seconds per step of the loop with options changed. Raises UserError if they do not go together."""
+    def loop(self, **changes: int) -> tuple[Range, float]:
+        """Seconds per step of the loop with options changed, and until its first step. Raises UserError if the options
+        do not go together."""
         with Bench(configs.replace(self.config, **changes), self.folder / "changed") as bench:
-            return bench.loop(ahead=self._ahead)[0]
+            return bench.loop(ahead=self._ahead)[0], bench.start
 
     def measure_sizes(self, others: tuple[int, ...]) -> None:
         """Measure the loop at these sizes, too."""
-        loop = self.costs.loop | {size: self.loop(size=size) for size in {*others} - {*self.costs.loop}}
-        self.costs = dataclasses.replace(self.costs, loop=loop)
+        for size in {*others} - {*self.costs.loop}:
+            loop, start = self.loop(size=size)
+            loops, starts = self.costs.loop | {size: loop}, self.costs.start | {size: start}
+            self.costs = dataclasses.replace(self.costs, loop=loops, start=starts)
 
     def parts(self) -> dict[str, tuple[int, Range]]:
         """What the run consists of: how often, and seconds in all."""
@@ -120,7 +124,7 @@ def options(plan: Plan, budget: float) -> list[Option]:
     for choices in (views, schedules):  # from expensive to cheap
         found += [o for o in choices if o.seconds.value <= budget][:1] or choices[-1:]
     if views and schedules and min(o.seconds.value for o in (*views, *schedules)) > budget:
-        changed = with_schedule(plan.config, candidates(plan.config.data.size)[-1])
+        changed = configs.replace(plan.config, size_schedule=candidates(plan.config.data.size)[-1])
         factor, flags = views[-1].factor, f"{views[-1].flags} {schedules[-1].flags}"
         basis = "derived: both gains multiplied"
         found.append(Option(flags, plan.seconds(changed, factor), basis))
@@ -143,7 +147,7 @@ def _epochs(
     def seconds(epochs: int) -> Range:
         return plan.seconds(configs.replace(config, epochs=epochs), factor)
 
-    fewest = int(config.optim.warmup_epochs) + 1  # warm-up has to end
+    fewest = max(int(config.optim.warmup_epochs) + 1, len(sizes(config)))  # warm-up ends, each size has its epoch
     epochs = most_that_fit(lambda n: seconds(n).value, budget, fewest)
     return Option(f"{flags} --epochs {epochs}".strip(), seconds(epochs), basis)
 
@@ -165,7 +169,7 @@ def _fewer_views(plan: Plan) -> list[Option]:
     if now <= 2:
         return found
     try:
-        two = plan.loop(num_views=2).value / plan.costs.loop[plan.config.data.size].value
+        two = plan.loop(num_views=2)[0].value / plan.costs.loop[plan.config.data.size].value
     except UserError:  # this variant of the method needs more
         return found
     for num in range(now - 1, 1, -1):
@@ -186,10 +190,12 @@ def candidates(size: int) -> list[tuple[int, ...]]:
 def _schedules(plan: Plan) -> list[Option]:
     """The run with progressive sizes."""
     found = []
-    for schedule in candidates(plan.config.data.size) if hasattr(plan.config.data, "size_schedule") else ():
-        changed = with_schedule(plan.config, schedule)
+    for schedule in candidates(plan.config.data.size):
+        changed = configs.replace(plan.config, size_schedule=schedule)
         try:
             configs.validate(changed)
+            with torch.device("meta"):
+                make_method(changed)
             plan.measure_sizes(schedule)
         except UserError:  # not sizes that this network, or this cut into tiles, takes
             continue
@@ -220,7 +226,8 @@ def run(config: Config, console: Console | None = None) -> int:
                 console.print(item, highlight=False, markup=False, soft_wrap=isinstance(item, str))
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"out of GPU memory with --batch-size {config.data.batch_size}: the run would be, too; halve it"
+                f"out of GPU memory beside the training step, with --batch-size {config.data.batch_size}; the run "
+                "would be, too: try a smaller --prefetch or --batch-size"
             ) from error
         console.print(f"\nmeasured for {duration(time.perf_counter() - start)}; nothing was trained, nothing is kept")
     return 0
@@ -284,13 +291,13 @@ def _stages(plan: Plan) -> Iterator[Table | str]:
 def _hours(plan: Plan) -> Iterator[Table | str]:
     """How long the run takes."""
     table = _table("the whole run", "part", "how often", "each", "time", "spread", "basis")
-    each = {"training": "steps", "kNN": "evaluations", "checkpoints": "", "start": ""}
+    each = {"training": "steps", "kNN": "evaluations", "start": f"size{'s' * (len(sizes(plan.config)) > 1)}"}
     for name, (num, seconds) in plan.parts().items():
         if num:
             spread = f"{_time(seconds.low)}-{_time(seconds.high)}" if seconds.low < seconds.high else ""
             one = f"{figures(seconds.value / num)} s"
             basis = "derived: measured on some of its images" if name == "kNN" else "measured, times their number"
-            table.add_row(name, f"{num:,} {each[name]}".strip(), one, _time(seconds.value), spread, basis)
+            table.add_row(name, f"{num:,} {each.get(name, '')}".strip(), one, _time(seconds.value), spread, basis)
     table.add_row("in all", "", "", hours(plan.seconds()), "", "derived: the sum", style="bold")
     yield table
     if plan.others > 0.05 * _cores():
@@ -318,7 +325,8 @@ def _disk(plan: Plan, real: Path) -> Iterator[str]:
     yield f"\n{where} memory: {_gb(plan.memory)} at most (measured; torch's tensors" + (
         ")" if plan.bench.cuda else ", program and the data's pages in use)"
     )
-    need = 2 * plan.checkpoint_bytes + plan.weights_bytes
+    yield f"of it: {plan.bench.memory} (measured in one step)"
+    need = 2 * plan.checkpoint_bytes + plan.weights_bytes * (2 if plan.config.run.recalibrate_bn else 1)
     yield (
         f"disk: {_gb(need)} in {real} (measured: checkpoint {_gb(plan.checkpoint_bytes)}, twice while it is replaced, "
         f"weights {_gb(plan.weights_bytes)}); {_gb(shutil.disk_usage(plan.folder).free)} are free"
