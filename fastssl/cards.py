@@ -1,12 +1,13 @@
 """Known graphics cards, and how long one image takes on them: derived from their data sheets, not measured.
 
-    seconds = max(bytes / bandwidth, operations / rate) / EFFICIENCY
+    seconds = max(max(bytes / bandwidth, flops / rate) / EFFICIENCY, operations * LAUNCH)
 
-Bytes and operations are those of `cost.work`, every operation by itself. EFFICIENCY is what published trainings of
-ResNet-50 (224 px, mixed precision, channels last, nothing fused by a compiler) reach of that bound. It is one number
-for three generations of cards, which it reproduces within 6 %; ResNet-34, MobileNetV2 and ResNet-18 on the RTX 3090,
-which had no part in it, within 16 %. For transformers, and for networks too small to fill a large card, it is
-optimistic. No training rate in mixed precision and channels last is published for the RTX 2080 Ti.
+Bytes, flops and operations are those of `cost.work`, every operation by itself. EFFICIENCY is what published trainings
+of ResNet-50 (224 px, mixed precision, channels last, nothing fused by a compiler) reach of the first bound. It is one
+number for three generations of cards, which it reproduces within 6 %; ResNet-34, MobileNetV2 and ResNet-18 on the RTX
+3090, which had no part in it, within 16 %. LAUNCH is assumed. For transformers, and for images too small to fill a
+large card, the figures are optimistic. No training rate in mixed precision and channels last is published for the RTX
+2080 Ti.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastssl.cost import Work
 
 GB, TERA = 1e9, 1e12
 GIB = 2**30
+LAUNCH = 6e-6  # seconds from one operation to the next where they are short: an assumption
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,20 @@ PUBLISHED = (
     Published(_V100, 1200, _DALI),
 )
 # Of one image of 224 px in a supervised step at batch 64 with SGD (tests/fastssl/test_cards.py counts it again).
-RESNET50 = Work(flops=24.30e9, bytes=0.4725e9, peak=3.09e9)
+RESNET50 = Work(flops=24.30e9, bytes=0.4725e9, peak=3.09e9, operations=8.469)
 
 
-def bound(card: Card, work: Work) -> tuple[float, str]:
-    """Fewest seconds that an image can take on the card, and what keeps it from being faster."""
+def roofline(card: Card, work: Work) -> tuple[float, str]:
+    """Fewest seconds that an image's computations can take on the card, and what keeps them from being faster."""
     memory, compute = work.bytes / card.bandwidth, work.flops / card.rate
     return (memory, "bandwidth") if memory >= compute else (compute, "tensor cores")
 
 
-EFFICIENCY = math.prod(p.images_per_s * bound(p.card, RESNET50)[0] for p in PUBLISHED) ** (1 / len(PUBLISHED))
+EFFICIENCY = math.prod(p.images_per_s * roofline(p.card, RESNET50)[0] for p in PUBLISHED) ** (1 / len(PUBLISHED))
 
 
-def seconds_per_image(card: Card, work: Work) -> float:
-    """What an image takes on the card in training, derived."""
-    return bound(card, work)[0] / EFFICIENCY
+def seconds_per_image(card: Card, work: Work) -> tuple[float, str]:
+    """What an image takes on the card in training, derived, and what limits."""
+    computing, limit = roofline(card, work)
+    launching = work.operations * LAUNCH
+    return max((computing / EFFICIENCY, limit), (launching, "launches"))

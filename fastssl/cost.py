@@ -149,6 +149,8 @@ class Work:
     """Memory traffic per image: what every operation reads and writes."""
     peak: float
     """Most memory that is in use at once during the step, bytes: weights, gradients, optimiser, activations."""
+    operations: float
+    """Operations per image that the device is asked for, one by one."""
 
 
 def work(config: Config) -> Work:
@@ -174,7 +176,7 @@ def work(config: Config) -> Work:
         batch = Batch(views, tiles, torch.arange(num), torch.zeros(num, dtype=torch.int64))
         with Meter((step.method.state_dict(), step.optimizer.state_dict(), views, tiles)) as meter:
             step(batch, Progress(0, 1, 1))
-    return Work(meter.flops / num, meter.bytes / num, meter.peak)
+    return Work(meter.flops / num, meter.bytes / num, meter.peak, meter.operations / num)
 
 
 class Meter(TorchDispatchMode):
@@ -187,7 +189,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, existing: Any = ()) -> None:
         super().__init__()
-        self.flops, self.bytes, self.peak = 0, 0, 0
+        self.flops, self.bytes, self.peak, self.operations = 0, 0, 0, 0
         self._living: dict[int, int] = {}  # bytes by storage
         self._in_use = 0
         self._note(existing)
@@ -202,6 +204,7 @@ class Meter(TorchDispatchMode):
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         if not func.is_view and packet not in _FREE:
+            self.operations += 1
             self.bytes += (2 if packet in _TWICE else 1) * _bytes((args, kwargs)) + _bytes(out)
         return out
 

@@ -50,6 +50,14 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
+def any_process(world: World, flag: bool) -> bool:
+    """Whether `flag` is set in any process. All have to ask."""
+    if world.size == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return bool(sum_over_processes(torch.tensor(float(flag), device=device)))
+
+
 @contextlib.contextmanager
 def main_first(world: World) -> Iterator[None]:
     """The main process goes through the block alone, then the others do."""

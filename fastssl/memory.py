@@ -78,13 +78,14 @@ def measured_step(
     # The first step makes the optimiser's state at its end, the others have it all the time.
     peak = torch.cuda.max_memory_allocated(step.device) + optimiser - before if on_gpu else None
     slots = loader.slots if loader else []
+    batches = 1 if loader is None or loader.late else len(slots)
     return result, Parts(
         weights=_bytes([*method.parameters(), *method.buffers()]) - apart,
         momentum=apart,
         gradients=_bytes(p for p in method.parameters() if p.requires_grad),
         optimiser=optimiser,
         activations=activations.peak,
-        views=_bytes(views) * max(1, len(slots)),
+        views=_bytes(views) * max(1, batches),
         loader=_bytes(crop for slot in slots for crop in slot.crops) + _decoded(loader),
         peak=peak,
     )

@@ -9,12 +9,12 @@ Setup", 2021). Exact for every loss, for one more forward pass of what is traine
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastssl.nn import GroupedBatchNorm, frozen_running_stats, need_plain_batch_norm
+from fastssl.nn import GroupedBatchNorm, frozen_running_stats, joined, need_plain_batch_norm
 from loaders import Batch
 
 
@@ -23,36 +23,38 @@ class MicroBatches:
 
     def __init__(self, images: int):
         self.images = images
-        self._calls: list[tuple[Callable[[Tensor], Tensor], Tensor, int, Tensor, list[Tensor]]] = []
+        self._calls: list[tuple[Callable[[Tensor], Tensor], list[Tensor], Tensor, list[Tensor]]] = []
 
-    def __call__(self, forward: Callable[[Tensor], Tensor], x: Tensor, groups: int) -> Tensor:
-        """forward(x) of rows [groups, B], without graph; where gradients are on, `backward` makes up for it."""
+    def __call__(self, forward: Callable[[Tensor], Tensor], pieces: Sequence[Tensor], groups: int) -> Tensor:
+        """forward(x) of rows [groups, B] in `pieces`, without graph; where gradients are on, `backward` makes up for
+        it. The pieces, which are a batch's views, are not copied as a whole."""
+        groups_BCHW = [g for x in pieces for g in x.chunk(groups // len(pieces))]
         out, random = [], []
         with torch.no_grad():
-            for rows in self._parts(x, groups):
-                random.append(_random_state(x.device))
+            for rows in self._parts(groups_BCHW):
+                random.append(_random_state(rows.device))
                 out.append(forward(rows).unflatten(0, (groups, -1)))
         h = torch.cat(out, 1).flatten(0, 1)
         if torch.is_grad_enabled():
-            self._calls.append((forward, x, groups, h.requires_grad_(), random))
+            self._calls.append((forward, groups_BCHW, h.requires_grad_(), random))
         return h
 
     def backward(self, context: Callable[[], contextlib.AbstractContextManager]) -> None:
         """Add the gradients of the weights, from those at the features. `context`: what forward passes run in."""
         calls, self._calls = self._calls, []
-        for forward, x, groups, h, random in calls:
+        for forward, groups, h, random in calls:
             if h.grad is None:
                 continue
-            for rows, grad, state in zip(self._parts(x, groups), self._parts(h.grad, groups), random, strict=True):
-                with _same_random(state, x.device), frozen_running_stats(), context():
+            grads = self._parts(h.grad.chunk(len(groups)))
+            for rows, grad, state in zip(self._parts(groups), grads, random, strict=True):
+                with _same_random(state, rows.device), frozen_running_stats(), context():
                     again = forward(rows)
                 again.backward(grad)
 
-    def _parts(self, x: Tensor, groups: int) -> Iterator[Tensor]:
-        rows = x.chunk(groups)
-        for start in range(0, len(rows[0]), self.images):
-            part = [r[start : start + self.images] for r in rows]
-            yield torch.cat(part) if groups > 1 else part[0]
+    def _parts(self, groups: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Micro-batches of the rows of all groups."""
+        for start in range(0, len(groups[0]), self.images):
+            yield joined([g[start : start + self.images] for g in groups])
 
 
 def use_micro_batches(method: nn.Module, images: int) -> MicroBatches:

@@ -251,16 +251,20 @@ def need_plain_batch_norm(module: nn.Module, flag: str) -> None:
             )
 
 
-def in_groups(net: nn.Module, x: Tensor, views: int, parts: int = 1, call: Callable | None = None) -> Tensor:
+def in_groups(
+    net: nn.Module, x: Tensor | Sequence[Tensor], views: int, parts: int = 1, call: Callable | None = None
+) -> Tensor:
     """net(x) for rows [V, P, B] of V views in P parts of B images each, with BatchNorm statistics for each view.
 
     One pass, unless a BatchNorm in `net` is not a `GroupedBatchNorm` (outside a run, or one that does more): then one
-    pass for each view. `call`: a function of x that runs the network, or part of it, in place of net itself.
+    pass for each view. `x` may come in several tensors: they are joined, but not all of them for micro-batches. `call`:
+    a function of x that runs the network, or part of it, in place of net itself.
     """
+    pieces = [x] if isinstance(x, Tensor) else list(x)
     call = net if call is None else call
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
     if views > 1 and net.training and not all(isinstance(m, GroupedBatchNorm) for m in norms):
-        return torch.cat([call(rows) for rows in x.chunk(views)])
+        return torch.cat([call(rows) for rows in joined(pieces).chunk(views)])
 
     def forward(x: Tensor) -> Tensor:
         for m in norms:
@@ -272,9 +276,14 @@ def in_groups(net: nn.Module, x: Tensor, views: int, parts: int = 1, call: Calla
                 m.views = m.parts = 1
 
     micro = getattr(net, "micro_batches", None)
-    if micro is not None and net.training and len(x) > views * parts * micro.images:
-        return micro(forward, x, views * parts)
-    return forward(x)
+    if micro is not None and net.training and sum(map(len, pieces)) > views * parts * micro.images:
+        return micro(forward, pieces, views * parts)
+    return forward(joined(pieces))
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """torch.cat, but a single tensor as it is."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def encode(net: nn.Module, views: Sequence[Tensor]) -> Tensor:
@@ -292,7 +301,7 @@ def _encode(net: nn.Module, views: Sequence[Tensor], layout: Callable[[int], tup
     features = []
     for _, alike in itertools.groupby(views, key=lambda x: x.shape):
         alike = list(alike)
-        features.append(in_groups(net, torch.cat(alike) if len(alike) > 1 else alike[0], *layout(len(alike))))
+        features.append(in_groups(net, alike, *layout(len(alike))))
     return torch.cat(features).unflatten(0, (len(views), -1))
 
 

@@ -239,7 +239,8 @@ def online_features(f: nn.Module, batch: Batch, options: Patches) -> list[Featur
         lying, upright = ([x.chunk(2, dim=2 + i)[0] for x in crops[i::2]] for i in range(2))
         features += [Features(whole(some), False, nobody * len(some)) for some in (lying, upright) if some]
     elif options.patches == "sample-encode-combine":
-        features.append(Features(_parts(f, [torch.cat(crops)], len(crops)), True, nobody))
+        h_PBD = in_groups(f, crops, 1, len(crops)).unflatten(0, (len(crops), -1))
+        features.append(Features(h_PBD[None], True, nobody))
     elif options.patches == "montage":
         features.append(Features(torch.cat([_montage(f, x, n) for x in views])[None], True, nobody))
     if extra:
@@ -249,8 +250,7 @@ def online_features(f: nn.Module, batch: Batch, options: Patches) -> list[Featur
 
 def _parts(f: nn.Module, views: Sequence[Tensor], parts: int) -> Tensor:
     """h_VPBD of views [P*B, ...]."""
-    x = torch.cat(views) if len(views) > 1 else views[0]
-    return in_groups(f, x, len(views), parts).unflatten(0, (len(views), parts, -1))
+    return in_groups(f, views, len(views), parts).unflatten(0, (len(views), parts, -1))
 
 
 def _montage(f: nn.Module, x: Tensor, n: int) -> Tensor:

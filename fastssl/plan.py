@@ -22,7 +22,7 @@ from rich.table import Table
 
 from fastssl import config as configs
 from fastssl.arguments import default_folder
-from fastssl.cards import CARDS, EFFICIENCY, bound, seconds_per_image
+from fastssl.cards import CARDS, EFFICIENCY, LAUNCH, seconds_per_image
 from fastssl.config import Config
 from fastssl.core import make_method
 from fastssl.cost import work
@@ -308,8 +308,8 @@ def _hours(plan: Plan) -> Iterator[Table | str]:
 
 
 def hours(seconds: Range) -> str:
-    """10.4 h (10.1-10.9); minutes where that is below a tenth."""
-    unit, name = (3600, "h") if seconds.value >= 360 else (60, "min")
+    """10.4 h (10.1-10.9); minutes where that is below a tenth, and seconds where it is below one and a half."""
+    unit, name = next(x for x in ((360, 3600, "h"), (90, 60, "min"), (0, 1, "s")) if seconds.value >= x[0])[1:]
     value, low, high = (f"{s / unit:.3g}" for s in (seconds.value, seconds.low, seconds.high))
     return f"{value} {name}" + (f" ({low}-{high})" if low != high else "")
 
@@ -359,9 +359,10 @@ def _cards(plan: Plan) -> Iterator[Table | str]:
     table.add_row(here, *row, "measured", style="bold")
     peak = max(w.peak for w in plan.work.values()) + _batches(plan)
     for card in CARDS:
-        alone = sum(num * batch * seconds_per_image(card, plan.work[size]) for size, num in by_size.items())
+        alone = sum(num * batch * seconds_per_image(card, plan.work[size])[0] for size, num in by_size.items())
         fed = max(alone, steps * batch * host / threads)
-        limit = f"its {bound(card, plan.work[max(by_size)])[1]}" if fed == alone else "this host's decoding"
+        own = seconds_per_image(card, plan.work[max(by_size)])[1]
+        limit = f"its {own}" if fed == alone else "this host's decoding"
         fits = "" if peak < _USABLE * card.memory else ", too much"
         row = (figures(views * steps * batch / alone), hours(exactly(alone)), hours(exactly(fed)), limit)
         table.add_row(card.name, *row, f"{steps * batch / alone * host:.1f}", _gb(peak) + fits, "derived")
@@ -370,8 +371,9 @@ def _cards(plan: Plan) -> Iterator[Table | str]:
     yield (
         f"derived: {figures(flops / 1e9)} GFLOP and {figures(moved / 1e9)} GB of memory traffic per image, counted in "
         "half precision, no operation fused with another; a card needs the longer of traffic / bandwidth and "
-        f"operations / tensor rate (its data sheet), divided by {EFFICIENCY:.2f}, what published trainings of "
-        "ResNet-50 reach of that. Compiled steps may be faster; small networks and transformers reach less. Memory: in "
+        f"FLOP / tensor rate (its data sheet), divided by {EFFICIENCY:.2f}, what published trainings of ResNet-50 "
+        f"reach of that, and at least {1e6 * LAUNCH:.0f} us per operation (assumed). Compiled steps may be faster; "
+        "images that do not fill the card, and transformers, reach less. Memory: in "
         "use at once, without driver and work space. Host threads: how many keep the card busy, and what limits with "
         f"the {threads} beside the training loop here, at {1000 * host:.3f} ms per image and thread, measured with the "
         f"backend {plan.bench.loader.backend.name}."

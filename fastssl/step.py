@@ -6,6 +6,7 @@ Nothing in it waits for the device.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ class Step:
         self.forward = method
         if self.world.size > 1:
             # BatchNorm's running statistics stay each process's own; the first one's are saved.
-            self.forward = DistributedDataParallel(method, broadcast_buffers=False)
+            new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.15
+            sync = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+            self.forward = DistributedDataParallel(method, **sync)
 
     def _micro_batches(self) -> MicroBatches | None:
         images, num = self.config.run.micro_batch, self.config.data.batch_size // self.world.size

@@ -88,7 +88,8 @@ class Trainer:
         self.last_knn: float | None = None
         self.last_loss: torch.Tensor | None = None  # of the last step, on the device
         self.memory: memory.Parts | None = None  # what the first step of this process took
-        self.stopping: str | None = None  # the signal that asked for it
+        self.asked: str | None = None  # the signal that asked this process to stop
+        self.stopping: str | None = None  # and that all processes know of
 
     def _open_loader(self, backend: str | None = None) -> Loader:
         data, world = self.config.data, self.world
@@ -112,6 +113,7 @@ class Trainer:
                 page_window=data.page_window,
                 dtype=self.precision.dtype or torch.float32,
                 on_bad_sample=data.on_bad_sample,
+                views_ahead=self.config.run.micro_batch is None,  # else batches are large, and memory is scarce
             )
 
     @property
@@ -152,8 +154,10 @@ class Trainer:
                         metrics = self._advance(batch)
                     if self.step == started + 1:
                         self._show_memory()
-                    if self.step % config.run.log_every == 0 or self.step == self.total_steps:
+                    logging = self.step % config.run.log_every == 0 or self.step == self.total_steps
+                    if logging:
                         self._log(metrics)
+                    self._agree_to_stop(logging)
                     if self.step >= self.total_steps or self.stopping:
                         break
                     if self._checkpoint_due():
@@ -174,6 +178,7 @@ class Trainer:
             raise UserError(
                 f"out of GPU memory beside the training step, with --batch-size {config.data.batch_size} and "
                 f"{self.spec.K} views of {config.data.size} px: try a smaller --prefetch or --batch-size"
+                f"{'' if config.run.micro_batch else ', or --micro-batch, which makes the views late'}"
             ) from error
         finally:
             self.log.stop()
@@ -418,9 +423,18 @@ class Trainer:
             )
 
     def _ask_to_stop(self, number: int, _frame: object) -> None:
-        if self.stopping:  # asked twice: at once, from the last checkpoint
+        name = signal.Signals(number).name
+        # Asked twice: at once, from the last checkpoint. (torchrun passes SIGINT on as a SIGTERM, too.)
+        if self.asked and (self.asked == name or self.world.size == 1):
             raise KeyboardInterrupt
-        self.stopping = signal.Signals(number).name
+        self.asked = name
+
+    def _agree_to_stop(self, logging: bool) -> None:
+        """Several processes stop after the same step, which is one that waits for the device anyway."""
+        if self.world.size == 1:
+            self.stopping = self.asked
+        elif logging and dist.any_process(self.world, self.asked is not None):
+            self.stopping = self.asked or "another process"
 
     # ------------------------------------------------------------------ the folder
 

@@ -223,11 +223,15 @@ def _blur(x: torch.Tensor, weights: Sequence[torch.Tensor], dim: int) -> torch.T
 class DeviceAugment:
     """`augment` for all views of a specification; on CUDA compiled, once per distinct view.
 
-    Shapes are fixed by the first batch; a batch of another size (the last of an evaluation) runs uncompiled.
+    Batches are made `at_once` images at a time: what lies between crops and views takes a multiple of their memory.
+    Shapes are fixed by the first batch; what is left over, and batches of other sizes (the last of an evaluation), run
+    uncompiled.
     """
 
-    def __init__(self, spec: ViewSpec, device: torch.device | str, dtype: torch.dtype = torch.float32):
-        self.spec, self.device = spec, torch.device(device)
+    def __init__(
+        self, spec: ViewSpec, device: torch.device | str, dtype: torch.dtype = torch.float32, at_once: int = 256
+    ):
+        self.spec, self.device, self.dtype, self.at_once = spec, torch.device(device), dtype, at_once
         self._batch_size: int | None = None
         self._eager = {
             view: functools.partial(augment, view=view, mean=spec.mean, std=spec.std, dtype=dtype, n=spec.divide)
@@ -244,27 +248,47 @@ class DeviceAugment:
     def __call__(
         self, crops: Sequence[torch.Tensor], draws: Sequence[Draws]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """K views [B, 3, S_k, S_k] and their tiles (None without) from K uint8 crops on the device.
+        """K views [B, 3, S_k, S_k] and their tiles (None without), on the device, from K uint8 crops.
 
-        The parameters travel in one transfer.
+        Crops that are on the host should be pinned; with the parameters, which travel in one transfer, they must stay
+        as they are until the device has come this far.
         """
-        batch_size = len(crops[0])
-        if self._batch_size is None:
-            self._batch_size = batch_size
-        functions = self._fast if batch_size == self._batch_size else self._eager
-        packed = [_pack(d, view) for d, view in zip(draws, self.spec.views, strict=True)]
+        num, packed = len(crops[0]), [_pack(d, view) for d, view in zip(draws, self.spec.views, strict=True)]
         flat = torch.from_numpy(np.concatenate([p.reshape(-1) for p in packed]))
         if self.device.type == "cuda":
             flat = flat.pin_memory().to(self.device, non_blocking=True)
-        params = flat.split([p.size for p in packed])
-        views, tiles = zip(
-            *(
-                functions[view](c, p.view(batch_size, -1))
-                for view, c, p in zip(self.spec.views, crops, params, strict=True)
-            ),
-            strict=True,
-        )
-        return list(views), list(tiles) if self.spec.divide > 1 else None
+        params = [p.view(num, -1) for p in flat.split([p.size for p in packed])]
+        if num <= self.at_once:
+            views, tiles = self._some(crops, params)
+            return views, tiles if self.spec.divide > 1 else None
+        n = self.spec.divide
+        views = [self._empty(num, size) for size in self.spec.sizes]
+        tiles = [self._empty(n * n * num, size // n) for size in self.spec.sizes] if n > 1 else None
+        for start in range(0, num, self.at_once):
+            here = slice(start, start + self.at_once)
+            some_views, some_tiles = self._some([c[here] for c in crops], [p[here] for p in params])
+            for all_B3SS, part in zip(views, some_views, strict=True):
+                all_B3SS[here] = part
+            if tiles is not None:
+                for all_P3ss, part in zip(tiles, some_tiles, strict=True):
+                    all_P3ss.unflatten(0, (n * n, num))[:, here] = part.unflatten(0, (n * n, -1))
+        return views, tiles
+
+    def _some(
+        self, crops: Sequence[torch.Tensor], params: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        if self._batch_size is None:
+            self._batch_size = len(crops[0])
+        functions = self._fast if len(crops[0]) == self._batch_size else self._eager
+        made = [
+            functions[view](c.to(self.device, non_blocking=True), p)
+            for view, c, p in zip(self.spec.views, crops, params, strict=True)
+        ]
+        views, tiles = zip(*made, strict=True)
+        return list(views), list(tiles)
+
+    def _empty(self, num: int, size: int) -> torch.Tensor:
+        return torch.empty(num, size, size, 3, dtype=self.dtype, device=self.device).permute(0, 3, 1, 2)
 
 
 # --- The CPU form -----------------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         on_bad_sample: str = "raise",
         subset: np.ndarray | None = None,
+        views_ahead: bool = True,
     ):
         if subset is not None and order != "sequential":
             raise ValueError("a subset of the samples goes with sequential order only")
@@ -130,6 +131,8 @@ class Loader:
         if self.device.type == "cuda" and not self.ready_made:
             self.stream = torch.cuda.Stream(self.device)
             self.device_augment = DeviceAugment(spec, self.device, dtype)
+        # Beside a GPU, crops wait on the host; False: their views are made when the batch is asked for.
+        self.late = self.device_augment is not None and not views_ahead
         self._feed: _Feed | None = None
         self.page = reader.page if order == "page" else None
 
@@ -203,13 +206,14 @@ class Loader:
         return job
 
     def _finish(self, slot: _Slot, job: Job) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Crops -> views and tiles on the device. Views made on the host are there already, or in a moment."""
+        """Crops -> views and tiles on the device, on the current stream. Those made on the host are there already, or
+        in a moment."""
         if slot.views is None:
             start = time.thread_time()
-            begin = self.stream.record_event(torch.cuda.Event(enable_timing=True))
-            crops = [c.to(self.device, non_blocking=True) for c in job.crops]
-            views, tiles = self.device_augment(crops, job.draws)
-            slot.used = (begin, self.stream.record_event(torch.cuda.Event(enable_timing=True)))
+            stream = torch.cuda.current_stream(self.device)
+            begin = stream.record_event(torch.cuda.Event(enable_timing=True))
+            views, tiles = self.device_augment(job.crops, job.draws)
+            slot.used = (begin, stream.record_event(torch.cuda.Event(enable_timing=True)))
             self.stats.add(copy=time.thread_time() - start)
             return views, tiles
         if self.augment_pool is not None:
@@ -285,9 +289,14 @@ class _Feed:
             if event is not None:
                 stream = torch.cuda.current_stream(loader.device)
                 stream.wait_event(event)
-                for tensor in batch.views + (batch.tiles or []):
-                    tensor.record_stream(stream)
+                for tensor in batch.views + (batch.tiles or []) + (slot.job.crops if loader.late else []):
+                    if tensor.is_cuda:
+                        tensor.record_stream(stream)
+            if loader.late:
+                batch.views, batch.tiles = loader._finish(slot, slot.job)
             yield batch
+            if loader.late:  # the caller may still hold the batch while the next one is made
+                batch.views = batch.tiles = None
             self.free.put(slot)
 
     def _run(self) -> None:
@@ -375,7 +384,7 @@ class _Feed:
         self.pending.popleft()
         loader = self.loader
         slot.job = job
-        views, tiles = loader._finish(slot, job)
+        views, tiles = ([], None) if loader.late else loader._finish(slot, job)
         event = loader.stream.record_event() if loader.stream is not None else None
         batch = Batch(views, tiles, torch.from_numpy(job.index_B), torch.from_numpy(job.label_B))
         self.ready.put((slot, batch, event))
@@ -410,7 +419,8 @@ def open_loader(data: str | os.PathLike, views: ViewSpec, **options: object) -> 
     seed, rank, world, workers (threads; None: by the machine), prefetch (batches ahead), order ("random"; "page": page
     by page, shuffled within `page_window` pages, for hard disks and files larger than memory; or "sequential" for
     evaluation: every sample once, in file order, last batch short), dtype (of the views), on_bad_sample ("raise", or
-    "skip": take the next sample of the file instead), subset (ids, with sequential order).
+    "skip": take the next sample of the file instead), subset (ids, with sequential order), views_ahead (False: on a GPU
+    only the views of the batch in use are there, not those of the next ones: for very large batches).
 
     Raises UserError for a file that cannot be used and for options that make no sense.
     """

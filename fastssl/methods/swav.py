@@ -70,8 +70,7 @@ class Method(nn.Module):
         self.backbone = backbone
         self.projector = mlp([width, config.projector_hidden, config.dim], bias=True)
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
-        rows = config.queue_size // dist.size()
-        self.queues = nn.ModuleList(Queue(rows, config.dim) for _ in range(2 if rows else 0))
+        self.queues = nn.ModuleList(Queue(config.queue_size, config.dim) for _ in range(2 if config.queue_size else 0))
         self.steps_filling = -1  # steps since the queues began to fill; before that, negative
         self.queue_state: Literal["waits", "fills", "serves"] = "waits"
 
@@ -81,7 +80,7 @@ class Method(nn.Module):
     def features(self, batch: Batch) -> tuple[Tensor]:
         """f of all views."""
         if self.queues and self.steps_filling >= 0:
-            full = self.steps_filling * len(batch.views[0]) >= len(self.queues[0].rows)
+            full = self.steps_filling * len(batch.views[0]) * dist.size() >= len(self.queues[0].rows)
             self.queue_state = "serves" if full else "fills"
         return (encode_together(self.backbone, batch.views),)
 
@@ -103,8 +102,8 @@ class Method(nn.Module):
         if self.queue_state != "waits":
             queue = self.queues[i]
             if self.queue_state == "serves":
-                rows = torch.cat([self.prototypes(queue.rows), rows])
-            queue.push(z_BD)
+                rows = torch.cat([self.prototypes(queue.rows[dist.rank() :: dist.size()]), rows])  # a share each
+            queue.push(dist.gather(z_BD))
         return sinkhorn(rows, config.epsilon, config.sinkhorn_iterations, dist.sum_over_processes)[-len(z_BD) :]
 
     def before_step(self, progress: Progress) -> None:

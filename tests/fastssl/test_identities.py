@@ -799,5 +799,7 @@ def test_t14_the_centre_moves_after_the_loss() -> None:
     expected = dino(copy.deepcopy(method), batch.views)
     loss, _ = method(batch)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(method.center, before)
+    method.after_backward(Progress(0, 2, 1))
     torch.testing.assert_close(method.center, 0.6 * before + 0.4 * outputs[0].mean((0, 1)))
     assert (method(batch)[0] - loss).abs() > 1e-4  # the next loss sees it

@@ -91,7 +91,7 @@ def test_micro_batches_are_the_whole_batch(case: str) -> None:
 
 def test_which_methods_need_no_second_pass() -> None:
     separable = {n for n in methods.available() if getattr(made(n)[1], "separable", False)}
-    assert separable == {"simsiam", "fastsiam", "byol"}
+    assert separable == {"simsiam", "fastsiam", "byol", "dino"}
     assert not made("simsiam", guided="guided")[1].separable and not made("byol", patches="montage")[1].separable
 
 

@@ -252,6 +252,7 @@ def test_hours_are_rounded_to_three_figures() -> None:
     assert hours(Range(37_440, 36_360, 39_240)) == "10.4 h (10.1-10.9)"
     assert hours(exactly(3600 * 0.25)) == "0.25 h"
     assert hours(exactly(90)) == "1.5 min"
+    assert hours(Range(4, 3, 6)) == "4 s (3-6)"
 
 
 # ------------------------------------------------------------------ the command

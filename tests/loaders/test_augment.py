@@ -440,6 +440,20 @@ def test_device_augment_makes_all_views():
     assert all(torch.equal(a, divide(b, 4)) for a, b in zip(tiles, expected, strict=True))
 
 
+@pytest.mark.parametrize("batch_size", [6, 8, 9])
+def test_device_augment_makes_large_batches_in_parts(batch_size):
+    spec, crops, draws, expected = device_case("cpu", batch_size, dataclasses.replace(multicrop(40, 24), divide=2))
+    device_augment, sizes = DeviceAugment(spec, "cpu", torch.bfloat16, at_once=4), []
+    for view, function in list(device_augment._eager.items()):
+        device_augment._eager[view] = lambda c, p, f=function: sizes.append(len(c)) or f(c, p)
+    device_augment._fast = device_augment._eager
+    views, tiles = device_augment(crops, draws)
+    assert max(sizes) == 4
+    for view, tile, all_crops, e in zip(views, tiles, crops, expected, strict=True):
+        assert len(view) == len(all_crops) == batch_size and view.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(view, e.bfloat16()) and torch.equal(tile, divide(view, 2))
+
+
 def test_device_augment_takes_a_short_last_batch():
     device_augment = DeviceAugment(evaluation(32), "cpu", torch.bfloat16)
     for batch_size in (6, 2):

@@ -274,3 +274,22 @@ def test_device_loader_never_makes_the_training_thread_wait(beton: Path) -> None
                 batch.views[0].sum()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_views_made_late_are_the_same_and_alone(beton: Path) -> None:
+    """At most one batch of views is on the device, also while the next one is made."""
+    spec = loaders.views.simsiam(K=2, size=96)
+    ahead = collect(beton, spec=spec, batch_size=4, device="cuda")
+    with loaders.open(beton, spec, batch_size=4, device="cuda", prefetch=8, views_ahead=False) as loader:
+        list(loader.epoch())  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for batch in loader.epoch():
+            for row, i in enumerate(batch.index.tolist()):
+                assert all(torch.equal(v[row], w) for v, w in zip(batch.views, ahead[i], strict=True))
+        views = 2 * 4 * 3 * 96 * 96 * 4
+        assert torch.cuda.max_memory_allocated() - before < 6 * views  # with what is in between
+        assert batch.views is None
