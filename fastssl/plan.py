@@ -387,6 +387,8 @@ def _cores() -> int:
 
 def _batches(plan: Plan) -> float:
     """Bytes of the batches that the loader keeps ready on a card, in half precision."""
+    if plan.config.run.micro_batch is not None:  # made late
+        return 0.0
     return plan.bench.images * plan.config.data.prefetch * sum(2 * 3 * s**2 for s in plan.bench.trainer.spec.sizes)
 
 

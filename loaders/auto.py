@@ -3,7 +3,8 @@
 A data set that fits into memory decoded needs no decoder. Otherwise each backend that can run here cuts the views of
 real batches for a second. Beside a GPU the one with the most images per second wins, but the CPU's by default, because
 decoding on the GPU takes time from the network. On a CPU the one that spends the least CPU time per image wins: what
-it spends, the network cannot have.
+it spends, the network cannot have. Batches of thousands are not decoded on a GPU: whole images take several times the
+memory of their views, and in such batches the network is what limits.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from loaders.views import ViewSpec
 
 # ffcv is not among them: its crops differ visibly from everybody else's, so that taking it is a decision.
 MEASURED = ("cpu", "dali")
+LARGE = 1024  # images per batch: above, the CPU decodes
 SECONDS = 1.0  # of measuring per backend
 MARGIN = 1.2  # so much faster must another backend be than the CPU's to be worth the GPU's time
 FILL_SECONDS = 60.0  # decoding everything beforehand may take so long
@@ -78,15 +80,18 @@ def choose(
     if fits and need <= SMALL:
         return Choice("resident", memory)
 
-    path, key = sidecar_path(reader.paths[0], ".auto.json"), _key(reader, spec, device, workers)
+    large = batch_size > LARGE
+    path = sidecar_path(reader.paths[0], ".auto.json")
+    key = _key(reader, spec, device, workers) + (" | large batches" if large else "")
     known = _load(path)
     if key in known and (fits or known[key]["backend"] != "resident"):
         return Choice(known[key]["backend"], f"{known[key]['why']} (measured before, see {path})")
 
     rates = {}
-    for name in MEASURED:
+    for name in MEASURED[:1] if large else MEASURED:
         with contextlib.suppress(UserError):  # cannot run here, or not with this file
-            rates[name] = measure(name, reader, spec, batch_size=batch_size, device=device, workers=workers)
+            num = min(batch_size, LARGE)
+            rates[name] = measure(name, reader, spec, batch_size=num, device=device, workers=workers)
     choice = _decide(rates, device, memory, fits and len(reader) / rates["cpu"].images_per_s <= FILL_SECONDS)
     entry = dataclasses.asdict(choice) | {"rates": {n: dataclasses.asdict(r) for n, r in rates.items()}}
     _save(path, dict([*known.items(), (key, entry)][-_KEPT:]))

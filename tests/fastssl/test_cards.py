@@ -108,6 +108,23 @@ def test_peak_of_fastsiam_holds_weights_optimiser_and_activations() -> None:
     assert (images[1] - images[0]) / 8 / 4 == pytest.approx(2 * 2 * 11e6, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "images"),
+    [
+        ("fastmoco-imagenet-100ep", 512),
+        ("mocov3-imagenet-100ep", 4096),
+        ("swav-imagenet-100ep", 4096),
+        ("dino-imagenet-100ep", 512),
+        ("dino-sslight-vit-s16-imagenet-200ep", 1024),
+    ],
+)
+def test_large_batches_fit_a_card_of_11_gb_in_micro_batches(preset: str, images: int) -> None:
+    config = configs.replace(load(preset), micro_batch=32)
+    assert config.data.batch_size == images
+    assert work(config).peak < 0.9 * card("RTX 2080 Ti").memory
+
+
 # ------------------------------------------------------------------ cards
 
 

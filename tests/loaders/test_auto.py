@@ -54,6 +54,25 @@ def test_what_is_measured_is_remembered(reader: Reader, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("large")
+def test_large_batches_are_decoded_by_the_cpu(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(name: str, *_: object, batch_size: int, **__: object) -> Rate:
+        measured.append((name, batch_size))
+        return Rate({"cpu": 10, "dali": 20}[name], 1.0)
+
+    monkeypatch.setattr(auto, "measure", measure)
+    monkeypatch.setattr(resident, "bytes_free", lambda _device: 10**9)
+    options = OPTIONS | {"device": CUDA}
+    monkeypatch.setattr(auto, "_key", lambda *_: "this machine")
+    assert auto.choose(reader, SPEC, **options).backend == "dali"
+    assert measured == [("cpu", 4), ("dali", 4)]
+    assert auto.choose(reader, SPEC, **options | {"batch_size": 4096}).backend == "cpu"
+    assert measured[2:] == [("cpu", 1024)]
+    assert auto.choose(reader, SPEC, **options).backend == "dali"  # remembered apart
+
+
+@pytest.mark.usefixtures("large")
 def test_a_damaged_memory_is_no_memory(reader: Reader) -> None:
     path = reader.path.with_name("train.auto.json")
     for content in ("{", "[1]", '{"x": 1}', '{"x": {"backend": "rm -rf", "why": "?"}}'):
