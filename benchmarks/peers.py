@@ -94,6 +94,7 @@ class Lightly:
         self.criterion = NegativeCosineSimilarity()
         self.optimizer = _sgd(self.net)
         self.device, self.precision = device, precision
+        torch.backends.cudnn.benchmark = True  # as for ours
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

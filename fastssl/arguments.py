@@ -16,7 +16,7 @@ from rich.text import Text
 from fastssl import config as configs
 from fastssl import presets
 from fastssl.config import Config
-from fastssl.cost import ASSUMED_CARD, ASSUMED_FLOPS_PER_S, cost
+from fastssl.cost import ASSUMED_CARD, ASSUMED_FLOPS_PER_S, ASSUMED_VIEWS_PER_S, cost
 from fastssl.log import figures
 from fastssl.presets import Preset
 from loaders.errors import UserError
@@ -147,7 +147,8 @@ _CAPTION = (
     "\nResults are top-1 on the data set in the name, linear classifier or kNN, unless they say otherwise. Estimates: "
     "views = images x epochs x views of an image, small crops included; EFLOP = 10^18 operations, counted on the "
     "networks at these sizes, the forward pass three times where it is trained, once where it only makes targets; "
-    f"hours assume, unmeasured, that one {ASSUMED_CARD} sustains {ASSUMED_FLOPS_PER_S / 1e12:g} TFLOP/s (500 ResNet-50 "
-    "views of 224 px per second, forward and backward, fp16): small and depth-wise networks reach less. --list WORD "
-    "shows the presets with WORD in their names, their notes, and options for more published rows."
+    f"hours assume, unmeasured, that one {ASSUMED_CARD} sustains {ASSUMED_FLOPS_PER_S / 1e12:g} TFLOP/s "
+    f"({ASSUMED_VIEWS_PER_S} ResNet-50 views of 224 px per second, forward and backward, fp16): small and depth-wise "
+    "networks reach less; --plan counts better. --list WORD shows the presets with WORD in their names, their notes, "
+    "and options for more published rows."
 )

@@ -368,13 +368,14 @@ def _cards(plan: Plan) -> Iterator[Table | str]:
         table.add_row(card.name, *row, f"{steps * batch / alone * host:.1f}", _gb(peak) + fits, "derived")
     yield table
     flops, moved = (sum(getattr(plan.work[s], x) * n for s, n in by_size.items()) / steps for x in ("flops", "bytes"))
+    less = ", ".join(f"{c.name}: {c.reach:.2f} times as much" for c in CARDS if c.reach != 1)
     yield (
         f"derived: {figures(flops / 1e9)} GFLOP and {figures(moved / 1e9)} GB of memory traffic per image, counted in "
         "half precision, no operation fused with another; a card needs the longer of traffic / bandwidth and "
         f"FLOP / tensor rate (its data sheet), divided by {EFFICIENCY:.2f}, what published trainings of ResNet-50 "
-        f"reach of that, and at least {1e6 * LAUNCH:.0f} us per operation (assumed). Compiled steps may be faster; "
-        "images that do not fill the card, and transformers, reach less. Memory: in "
-        "use at once, without driver and work space. Host threads: how many keep the card busy, and what limits with "
+        f"reach of that ({less}), and at least {1e6 * LAUNCH:.0f} us per operation (assumed). Compiled steps may be "
+        "faster; images that do not fill the card, and transformers, reach less. Memory: in use at once, without "
+        "driver and work space. Host threads: how many keep the card busy, and what limits with "
         f"the {threads} beside the training loop here, at {1000 * host:.3f} ms per image and thread, measured with the "
         f"backend {plan.bench.loader.backend.name}."
     )

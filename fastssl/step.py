@@ -31,6 +31,7 @@ class Step:
         self.config, self.device, self.world = config, device, world or World()
         self.method, self.precision = method, pick_precision(config.run.precision, device)
         self.micro = self._micro_batches()
+        torch.backends.cudnn.benchmark = True  # shapes stay: the fastest convolution for each is looked for once
         method.to(device, memory_format=torch.channels_last)
         self.base_lr = scaled_lr(config.optim, config.data.batch_size)
         self.optimizer = make_optimizer(method, config.optim, self.base_lr)
