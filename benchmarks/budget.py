@@ -1,0 +1,87 @@
+"""Hours of training on ImageNet for known cards: the table of the README. Derived (fastssl/cards.py), nothing is run.
+
+    python -m benchmarks.budget [PRESET [OPTIONS]]
+
+Without a preset: the recipes of the README. Hours are of the training steps alone, on a card that is kept fed. Memory
+is what the step has in use at once and the batches that wait on the card, without driver and work space.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from fastssl import config as configs
+from fastssl.arguments import parse
+from fastssl.cards import CARDS, seconds_per_image
+from fastssl.cli import run_command
+from fastssl.config import Config
+from fastssl.core import make_views
+from fastssl.cost import Work, work
+from fastssl.forecast import at_size, sizes, steps_by_size
+from fastssl.log import figures
+
+IMAGENET = 1_281_167
+SHOWN = ("RTX 2080 Ti", "RTX 3090", "RTX 4090", "A100 80 GB", "H100")
+RECIPES = (
+    "fastsiam-imagenet-25ep",
+    "fastsiam-imagenet-25ep --size-schedule 128:160:224",
+    "fastsiam-imagenet-10ep",
+    "fastsiam-imagenet-25ep --backbone resnet18",
+    "simsiam-imagenet-100ep --micro-batch 64",
+    "fastmoco-imagenet-100ep --micro-batch 32",
+    "dino-sslight-mnv2-imagenet-200ep --micro-batch 32",
+)
+
+
+def hours(config: Config, works: dict[int, Work], images: int = IMAGENET) -> dict[str, float]:
+    """Of the training steps, by card. `works`: of a step, by size of the views."""
+    steps = steps_by_size(config, images // config.data.batch_size)
+    cards = [card for card in CARDS if card.name in SHOWN]
+    return {
+        card.name: sum(
+            num * config.data.batch_size * seconds_per_image(card, works[size])[0] for size, num in steps.items()
+        )
+        / 3600
+        for card in cards
+    }
+
+
+def memory(config: Config, works: dict[int, Work]) -> float:
+    """Bytes in use at once: of the step, and of the batches that wait beside it."""
+    ahead = 0 if config.run.micro_batch else config.data.prefetch
+    waiting = max(
+        ahead * config.data.batch_size * sum(2 * 3 * s**2 for s in make_views(config, z).sizes) for z in works
+    )
+    return max(w.peak for w in works.values()) + waiting
+
+
+def row(recipe: str) -> str:
+    """A line of the table."""
+    config = parse([*recipe.split(), "--data", "ImageNet"])  # which is not opened
+    configs.validate(config)
+    works = {size: work(at_size(config, size)) for size in sizes(config)}
+    cells = [f"`{recipe}`", f"{memory(config, works) / 1e9:.1f} GB", *map(figures, hours(config, works).values())]
+    return f"| {' | '.join(cells)} | derived |"
+
+
+def table(recipes: tuple[str, ...] = RECIPES) -> list[str]:
+    """Markdown."""
+    head = ("recipe", "GPU memory", *(f"{name}, h" for name in SHOWN), "basis")
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(row, recipes)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+
+    def command(arguments: list[str]) -> int:
+        if {"-h", "--help"} & {*arguments}:
+            print(__doc__)
+        else:
+            print("\n".join(table((" ".join(arguments),) if arguments else RECIPES)))
+        return 0
+
+    return run_command("benchmarks.budget", command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
