@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from fastssl import bottleneck, checkpoint, export, memory
+from fastssl import bottleneck, checkpoint, export, memory, run_folder
 from fastssl import config as configs
 from fastssl import log as logs
 from fastssl.config import Config
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract
 from fastssl.progress import Progress
-from fastssl.train import Trainer, peak_host_memory
+from fastssl.train import Trainer
 from loaders import Batch
 
 PART_SECONDS, LOOP_SECONDS = 2.0, 8.0  # of measuring: each part alone, the loop
@@ -180,7 +180,7 @@ class Bench:
         self.loader, self.cuda = self.trainer.loader, self.trainer.device.type == "cuda"
         self.images = self.loader.batch_size
         self.batches = self._endless()
-        self.batch = self._copy(next(self.batches))
+        self.batch = next(self.batches)  # until the next one is asked for
         self.memory = self._first_step()
         self.wait()
         first = time.perf_counter()
@@ -191,10 +191,6 @@ class Bench:
     def _endless(self) -> Iterator[Batch]:
         for epoch in itertools.count():
             yield from self.loader.epoch(epoch, ahead=True)
-
-    def _copy(self, batch: Batch) -> Batch:
-        tiles = batch.tiles and [tile.clone() for tile in batch.tiles]
-        return Batch([view.clone() for view in batch.views], tiles, batch.index, batch.label)
 
     @property
     def _progress(self) -> Progress:
@@ -227,7 +223,7 @@ class Bench:
         return seconds, {name: 1000 * took[name] / max(1, took["images"]) for name in bottleneck.HOST_STAGES}
 
     def step_alone(self) -> Range:
-        """Seconds per step on one and the same batch."""
+        """Seconds per step on one and the same batch, the first: before any other is asked for."""
         return timed(lambda: self._step(self.batch), self.wait, PART_SECONDS)
 
     def loop(self, *, ahead: bool = True) -> tuple[Range, bottleneck.Report]:
@@ -261,12 +257,12 @@ class Bench:
     def write(self) -> tuple[float, float, int, int]:
         """Seconds to write a checkpoint and the run's other files, bytes of a checkpoint and of the weights."""
         start = time.perf_counter()
-        self.trainer._open_folder()
+        run_folder.begin(self.folder, self.config, self.trainer.reader, self.trainer.spec)
         opened = time.perf_counter()
         checkpoint.save(self.folder, self.trainer._state())
         saved = time.perf_counter()
         export.save_weights(self.folder / export.NAME, self.trainer.method.backbone, {})
-        logs.save_curves(self.folder / "curves.png", [], 1.0)
+        logs.save_curves(self.folder / run_folder.CURVES, [], 1.0)
         files = time.perf_counter() - saved + opened - start
         return saved - opened, files, *(os.path.getsize(self.folder / n) for n in (checkpoint.NAME, export.NAME))
 
@@ -284,7 +280,7 @@ class Bench:
             fewer, less = num, took
             num = min(4 * num, bank)
             start = time.perf_counter()
-            features, _ = extract(trainer.method.backbone, trainer.reader, limit=num, **trainer._crops)
+            features, _ = extract(trainer.method.backbone, trainer.reader, limit=num, **trainer.monitor.crops)
             self.wait()
             took = time.perf_counter() - start
         # Without what any number of images costs.
@@ -293,14 +289,13 @@ class Bench:
         bank_ND = F.normalize(torch.randn(bank, features.shape[1], device=features.device), dim=1)
         label_N = torch.arange(bank, device=features.device) % 1000
         start = time.perf_counter()
-        settings = knn.Config(k=(run.knn_k,), temperature=run.knn_temperature, vote="weighted")
-        knn.accuracy((bank_ND, label_N), (bank_ND[:few], label_N[:few]), settings)
+        knn.accuracy((bank_ND, label_N), (bank_ND[:few], label_N[:few]), trainer.monitor.settings)
         votes = (time.perf_counter() - start) * queries / few
         return took + each * (images - num) + votes * (2 if run.recalibrate_bn else 1)
 
     def peak(self) -> int:
         """Most memory in use so far, bytes: the GPU's, or the process's."""
-        return torch.cuda.max_memory_allocated(self.trainer.device) if self.cuda else peak_host_memory()
+        return torch.cuda.max_memory_allocated(self.trainer.device) if self.cuda else memory.peak_host_memory()
 
     def __enter__(self) -> Bench:
         return self

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import resource
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +149,15 @@ def _decoded(loader: Loader | None) -> int:
     """Images that the loader has decoded beforehand."""
     pixels = getattr(loader.backend, "pixels_P3", None) if loader else None
     return 0 if pixels is None else _bytes([pixels])
+
+
+def peak_host_memory() -> int:
+    """The most memory that this process has had resident, bytes."""
+    try:  # Linux's ru_maxrss begins with the parent's peak; this does not
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ------------------------------------------------------------------ out of memory

@@ -54,8 +54,8 @@ class Plan:
         self.config, self.folder = config, folder
         with Bench(config, folder / "run") as bench:
             self.bench = bench
-            self.loader, self.stages = bench.loader_alone()
             self.step = bench.step_alone()
+            self.loader, self.stages = bench.loader_alone()
             neighbours = Neighbours()
             loop, self.report = bench.loop(ahead=self._ahead)
             self.others = neighbours.cores()

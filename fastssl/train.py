@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import resource
 import signal
 import sys
 import time
@@ -22,24 +21,21 @@ import torch
 from rich.console import Console
 
 import fastssl
-from fastssl import bottleneck, checkpoint, dist, export, memory
+from fastssl import bottleneck, checkpoint, dist, export, memory, run_folder
 from fastssl import config as configs
 from fastssl import log as logs
 from fastssl.arguments import default_folder, list_presets, parse
 from fastssl.cli import run_command
 from fastssl.config import Config
 from fastssl.core import make_method, make_views, pick_device, pick_precision
-from fastssl.evaluate import knn
-from fastssl.evaluate.features import extract
+from fastssl.monitor import Monitor
 from fastssl.progress import Progress
 from fastssl.recalibrate import NAME as RECALIBRATED
-from fastssl.recalibrate import recalibrated
 from fastssl.step import Step
 from loaders import Batch, Loader
 from loaders.dataset import open_data
 from loaders.errors import UserError
 
-RUN_FILES = ("config.yaml", logs.METRICS, checkpoint.NAME, export.NAME, RECALIBRATED, "views.png", "curves.png")
 _REPORT_SECONDS = 60.0  # between bottleneck reports on the screen
 
 
@@ -77,15 +73,14 @@ class Trainer:
         if config.run.resume:
             self.state = checkpoint.load(self.folder)
         else:
-            check_folder(self.folder, config.run.overwrite)
+            run_folder.check_folder(self.folder, config.run.overwrite)
         self.loader = self._open_loader()
         self.train_step = Step(config, self.method, self.device, self.world)
+        self.monitor = Monitor(config, self.reader, self.val_reader, self.device, self.precision.dtype)
         self.clock = bottleneck.StepClock(self.device)
         self.reported = -math.inf  # when the bottleneck report was last shown
         self.step = 0  # steps done
         self.seconds = 0.0  # spent in this run, over all its resumptions
-        self.best_knn: float | None = None
-        self.last_knn: float | None = None
         self.last_loss: torch.Tensor | None = None  # of the last step, on the device
         self.memory: memory.Parts | None = None  # what the first step of this process took
         self.asked: str | None = None  # the signal that asked this process to stop
@@ -131,7 +126,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end. Returns what the summary shows."""
         config = self.config
-        self._open_folder()
+        if self.world.main:
+            run_folder.begin(self.folder, config, self.reader, self.spec)
         self.log = logs.Log(self.folder, self.console if self.world.main else Console(quiet=True))
         self._announce()
         self._resume()
@@ -283,8 +279,8 @@ class Trainer:
         ]
         if "feature_std" in entry:
             parts.append(f"std {entry['feature_std']:.4f} (healthy {self.healthy_std:.4f})")
-        if self.last_knn is not None:
-            parts.append(f"kNN {self.last_knn:.1f} %")
+        if self.monitor.last is not None:
+            parts.append(f"kNN {self.monitor.last:.1f} %")
         parts.append(f"ETA {logs.duration(left)}")
         self.log.show("  ".join(parts), force=self.step == self.total_steps)
 
@@ -322,7 +318,7 @@ class Trainer:
     # ------------------------------------------------------------------ kNN, checkpoints
 
     def _knn(self) -> None:
-        """Monitor: weighted kNN of the validation images among the training images."""
+        """Ask the monitor."""
         if self.val_reader is None:
             return
         with self._off_the_clock():
@@ -331,37 +327,10 @@ class Trainer:
             dist.barrier(self.world)
 
     def _knn_of_main(self) -> None:
-        started = time.perf_counter()
-        run = self.config.run
-        settings = knn.Config(k=(run.knn_k,), temperature=run.knn_temperature, vote="weighted")
-
-        def classify(backbone: torch.nn.Module) -> dict[str, float]:
-            train = extract(backbone, self.reader, limit=run.knn_bank, **self._crops)
-            (result,) = knn.accuracy(train, extract(backbone, self.val_reader, **self._crops), settings).values()
-            return result
-
-        result = classify(self.method.backbone)
-        self.last_knn = result["top1"]
-        self.best_knn = max(self.last_knn, self.best_knn or 0.0)
+        entry, line = self.monitor(self.method.backbone)
         epoch = self.step / self.steps_per_epoch
-        entry = {"step": self.step, "epoch": epoch, "knn": result["top1"], "knn_top5": result["top5"]}
-        line = f"epoch {epoch:g}: kNN top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} %"
-        if run.recalibrate_bn:
-            result = classify(self._recalibrated())
-            entry |= {"knn_recalibrated": result["top1"], "knn_recalibrated_top5": result["top5"]}
-            line += f"; BatchNorm recalibrated: {result['top1']:.1f} %, {result['top5']:.1f} %"
-        self.log.write(entry | {"knn_seconds": time.perf_counter() - started})
-        self.log.say(line)
-
-    @property
-    def _crops(self) -> dict[str, Any]:
-        """How evaluations look at images."""
-        return {"size": self.config.data.size, "device": self.device, "amp_dtype": self.precision.dtype}
-
-    def _recalibrated(self) -> torch.nn.Module:
-        """The backbone with BatchNorm statistics for evaluation."""
-        images = self.config.run.recalibrate_bn
-        return recalibrated(self.method.backbone, self.reader, images=images, **self._crops)
+        self.log.write({"step": self.step, "epoch": epoch} | entry)
+        self.log.say(f"epoch {epoch:g}: {line}")
 
     def _checkpoint_due(self) -> bool:
         minutes = self.config.run.checkpoint_minutes
@@ -389,8 +358,8 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "num_samples": len(self.reader),
             "seconds": self.seconds,
-            "best_knn": self.best_knn,
-            "last_knn": self.last_knn,
+            "best_knn": self.monitor.best,
+            "last_knn": self.monitor.last,
             **self.train_step.state_dict(),
             "threads": torch.get_num_threads(),
             "rng": torch.get_rng_state(),
@@ -415,7 +384,8 @@ class Trainer:
         if state["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
         self.step = self.marked_step = state["step"]
-        self.seconds, self.best_knn, self.last_knn = state["seconds"], state["best_knn"], state["last_knn"]
+        self.seconds = state["seconds"]
+        self.monitor.best, self.monitor.last = state["best_knn"], state["last_knn"]
         if self.world.main:
             logs.truncate_metrics(self.folder / logs.METRICS, self.step)
             self.log.say(
@@ -436,23 +406,7 @@ class Trainer:
         elif logging and dist.any_process(self.world, self.asked is not None):
             self.stopping = self.asked or "another process"
 
-    # ------------------------------------------------------------------ the folder
-
-    def _open_folder(self) -> None:
-        if not self.world.main:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.config.run.resume:
-            return
-        for name in RUN_FILES:
-            (self.folder / name).unlink(missing_ok=True)
-        # In the folder's own record of itself the run is neither being resumed nor overwriting.
-        own = dataclasses.replace(self.config.run, out=self.folder, overwrite=False)
-        configs.save_yaml(dataclasses.replace(self.config, run=own), self.folder / "config.yaml")
-        seed, num = self.config.run.seed, min(8, len(self.reader))
-        with Loader(self.reader, self.spec, batch_size=num, backend="cpu", seed=seed, workers=1) as loader:
-            views = next(iter(loader.epoch(0))).views
-            logs.save_views(self.folder / "views.png", views, self.spec.mean, self.spec.std)
+    # ------------------------------------------------------------------ beginning and end
 
     def _announce(self) -> None:
         config, count = self.config, sum(p.numel() for p in self.method.backbone.parameters())
@@ -471,20 +425,20 @@ class Trainer:
         hours = self.seconds / 3600
         images = self.step * self.config.data.batch_size
         on_gpu = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else peak_host_memory()
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else memory.peak_host_memory()
         result = {
             "steps": self.step,
             "hours": hours,
             "images_per_s": images / self.seconds if self.seconds else 0.0,
             "peak_memory_gb": peak / 1e9,
-            "best_knn": self.best_knn,
+            "best_knn": self.monitor.best,
             "stopped": self.stopping,
             "folder": self.folder,
         }
         if not self.world.main:
             return result
         entries = logs.read_metrics(self.folder / logs.METRICS)
-        logs.save_curves(self.folder / "curves.png", entries, self.healthy_std)
+        logs.save_curves(self.folder / run_folder.CURVES, entries, self.healthy_std)
         if self.stopping:
             self.log.say(
                 f"stopped by {self.stopping} after step {self.step}; continue with: "
@@ -500,7 +454,7 @@ class Trainer:
         export.save_weights(self.folder / export.NAME, self.method.backbone, about)
         if self.config.run.recalibrate_bn:
             about |= {"recalibrate_bn": self.config.run.recalibrate_bn}
-            export.save_weights(self.folder / RECALIBRATED, self._recalibrated(), about)
+            export.save_weights(self.folder / RECALIBRATED, self.monitor.recalibrated(self.method.backbone), about)
         waits = [e["wait_share"] for e in entries if "wait_share" in e]
         rows = [
             ("training time", f"{logs.duration(self.seconds)} ({hours:.2f} h)"),
@@ -510,11 +464,10 @@ class Trainer:
         ]
         if self.loader.stats.replaced:
             rows.append(("broken samples replaced", str(self.loader.stats.replaced)))
-        if self.best_knn is not None:
+        best, last = self.monitor.best, self.monitor.last
+        if best is not None:
             first = next((e["knn"] for e in entries if "knn" in e), math.nan)
-            rows.append(
-                ("kNN top-1", f"{self.best_knn:.1f} % best, {self.last_knn:.1f} % last, {first:.1f} % at the start")
-            )
+            rows.append(("kNN top-1", f"{best:.1f} % best, {last:.1f} % last, {first:.1f} % at the start"))
         if second := [e["knn_recalibrated"] for e in entries if "knn_recalibrated" in e]:
             rows.append(("  BatchNorm recalibrated", f"{max(second):.1f} % best, {second[-1]:.1f} % last"))
         rows.append(("weights", str(self.folder / export.NAME)))
@@ -522,27 +475,6 @@ class Trainer:
             rows.append(("  BatchNorm recalibrated", str(self.folder / RECALIBRATED)))
         logs.summary(self.console, "done", rows)
         return result
-
-
-def peak_host_memory() -> int:
-    """The most memory that this process has had resident, bytes."""
-    try:  # Linux's ru_maxrss begins with the parent's peak; this does not
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raise UserError if a new run in `folder` would destroy something."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file: give a folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / "config.yaml").exists():
-        raise UserError(f"--out {folder} is not empty and holds no run of this program: give another folder")
-    if not overwrite:
-        raise UserError(f"--out {folder} holds a run: continue it with --resume, replace it with --overwrite")
 
 
 def train(config: Config, console: Console | None = None) -> dict[str, Any]:
