@@ -90,8 +90,8 @@ class Method(nn.Module):
         self.target_projector = momentum_copy(self.projector, config.target_init)
         self.target_prototypes = momentum_copy(self.prototypes, config.target_init)
         self.register_buffer("center", torch.zeros(config.prototypes))
-        # Sum of the teacher's mean outputs over the micro-batches of this step, and their number.
-        self.register_buffer("outputs", torch.zeros(config.prototypes), persistent=False)
+        # How far the teacher's mean outputs are from it: the sum over this step's micro-batches, and their number.
+        self.register_buffer("off_center", torch.zeros(config.prototypes), persistent=False)
         self.register_buffer("num_parts", torch.zeros(()), persistent=False)
         # A tensor, so that a compiled loss serves all temperatures.
         self.register_buffer("teacher_temperature", torch.tensor(teacher_temperature(config, 0)), persistent=False)
@@ -115,18 +115,18 @@ class Method(nn.Module):
             q_2BP = F.softmax((t_2BP - self.center) / self.teacher_temperature, -1)
         log_p_KBP = F.log_softmax(at_least_fp32(s_KBP) / config.student_temperature, -1)
         loss = pair_loss(cross_entropy, log_p_KBP, q_2BP, rebalanced_weights(num_views, 2, config.alpha))
-        self.outputs.add_(t_2BP.mean((0, 1)))
+        self.off_center.add_(t_2BP.mean((0, 1)) - self.center)
         self.num_parts.add_(1)
         return loss, {"feature_std": feature_std(z_KBD)}
 
     def before_step(self, progress: Progress) -> None:
         self.teacher_temperature.fill_(teacher_temperature(self.config, progress.epoch))
-        self.outputs.zero_()
+        self.off_center.zero_()
         self.num_parts.zero_()
 
     def after_backward(self, progress: Progress) -> None:
-        mean_P = dist.mean_over_processes(self.outputs / self.num_parts)
-        self.center.lerp_(mean_P, 1 - self.config.center_momentum)
+        off_P = dist.mean_over_processes(self.off_center / self.num_parts.clamp(min=1))
+        self.center.add_(off_P, alpha=1 - self.config.center_momentum)
         if progress.epoch < self.config.freeze_epochs:
             for p in self.prototypes.parameters():
                 p.grad = None
