@@ -23,8 +23,9 @@ demo: setup
 	$(BIN)/fastssl-eval knn $(DEMO)/run --data $(DEMO)/train.beton --val $(DEMO)/val.beton
 	@echo "Look at $(DEMO)/run/views.png (what the network saw) and $(DEMO)/run/curves.png (how it went)."
 
+# Two processes, a thread each: threads of both would only wait for each other.
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

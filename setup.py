@@ -31,7 +31,7 @@ setup(
         "dali": ["nvidia-dali-cuda130"],
         # ffcv itself needs system libraries first: see tools/install_ffcv.sh.
         "ffcv": ["ffcv==1.0.2", "numba", "opencv-python-headless", "tqdm"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.6"],
     },
     entry_points={
         "console_scripts": [
