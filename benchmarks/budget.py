@@ -15,9 +15,8 @@ from fastssl.arguments import parse
 from fastssl.cards import CARDS, seconds_per_image
 from fastssl.cli import run_command
 from fastssl.config import Config
-from fastssl.core import make_views
 from fastssl.cost import Work, work
-from fastssl.forecast import at_size, sizes, steps_by_size
+from fastssl.forecast import at_size, steps_by_size, waiting_bytes
 from fastssl.log import figures
 
 IMAGENET = 1_281_167
@@ -48,18 +47,14 @@ def hours(config: Config, works: dict[int, Work], images: int = IMAGENET) -> dic
 
 def memory(config: Config, works: dict[int, Work]) -> float:
     """Bytes in use at once: of the step, and of the batches that wait beside it."""
-    ahead = 0 if config.run.micro_batch else config.data.prefetch
-    waiting = max(
-        ahead * config.data.batch_size * sum(2 * 3 * s**2 for s in make_views(config, z).sizes) for z in works
-    )
-    return max(w.peak for w in works.values()) + waiting
+    return max(w.peak for w in works.values()) + waiting_bytes(config)
 
 
 def row(recipe: str) -> str:
     """A line of the table."""
     config = parse([*recipe.split(), "--data", "ImageNet"])  # which is not opened
     configs.validate(config)
-    works = {size: work(at_size(config, size)) for size in sizes(config)}
+    works = {size: work(at_size(config, size)) for size in configs.sizes(config)}
     cells = [f"`{recipe}`", f"{memory(config, works) / 1e9:.1f} GB", *map(figures, hours(config, works).values())]
     return f"| {' | '.join(cells)} | derived |"
 

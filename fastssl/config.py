@@ -284,10 +284,15 @@ def validate(config: Config) -> None:
         config.method_options.validate()
 
 
+def sizes(config: Config) -> tuple[int, ...]:
+    """Sizes of the large views in the course of the run, px, each for the same share of its epochs."""
+    return config.data.size_schedule or (config.data.size,)
+
+
 def size_at(config: Config, epoch: int) -> int:
-    """Side of the views in an epoch, px (`--size-schedule`)."""
-    sizes = config.data.size_schedule or (config.data.size,)
-    return sizes[min(epoch * len(sizes) // config.optim.epochs, len(sizes) - 1)]
+    """Side of the large views in an epoch, px (`--size-schedule`)."""
+    all_sizes = sizes(config)
+    return all_sizes[min(epoch * len(all_sizes) // config.optim.epochs, len(all_sizes) - 1)]
 
 
 def replace(config: Config, **changes: Any) -> Config:

@@ -27,6 +27,7 @@ from fastssl import bottleneck, checkpoint, export, memory, run_folder
 from fastssl import config as configs
 from fastssl import log as logs
 from fastssl.config import Config
+from fastssl.core import make_views
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract
 from fastssl.progress import Progress
@@ -76,14 +77,17 @@ class Costs:
     """One evaluation of the monitor."""
 
 
-def sizes(config: Config) -> tuple[int, ...]:
-    """Sizes of the views in the course of the run, px, each for the same share of its epochs."""
-    return config.data.size_schedule or (config.data.size,)
-
-
 def at_size(config: Config, size: int) -> Config:
     """The run with views of this size throughout."""
     return configs.replace(config, size=size, size_schedule=())
+
+
+def waiting_bytes(config: Config) -> int:
+    """Of the batches of views that the loader keeps ready on a GPU, at most, in half precision."""
+    if config.run.micro_batch is not None:  # made when they are asked for
+        return 0
+    pixels = max(sum(side**2 for side in make_views(config, size).sizes) for size in configs.sizes(config))
+    return 2 * 3 * pixels * config.data.batch_size * config.data.prefetch
 
 
 def steps_by_size(config: Config, steps_per_epoch: int) -> Counter[int]:

@@ -34,9 +34,9 @@ from fastssl.forecast import (
     at_size,
     exactly,
     parts,
-    sizes,
     steps_by_size,
     total,
+    waiting_bytes,
 )
 from fastssl.log import duration, figures
 from loaders.backends.cpu import default_workers
@@ -63,8 +63,8 @@ class Plan:
             saving, files, self.checkpoint_bytes, self.weights_bytes = bench.write()
             size = config.data.size
             self.costs = Costs({size: loop}, {size: bench.start}, files, saving, bench.knn())
-        self.measure_sizes(sizes(config))
-        self.work = {size: work(at_size(config, size)) for size in sizes(config)}
+        self.measure_sizes(configs.sizes(config))
+        self.work = {size: work(at_size(config, size)) for size in configs.sizes(config)}
 
     @property
     def _ahead(self) -> bool:
@@ -147,7 +147,9 @@ def _epochs(
     def seconds(epochs: int) -> Range:
         return plan.seconds(configs.replace(config, epochs=epochs), factor)
 
-    fewest = max(int(config.optim.warmup_epochs) + 1, len(sizes(config)))  # warm-up ends, each size has its epoch
+    fewest = max(
+        int(config.optim.warmup_epochs) + 1, len(configs.sizes(config))
+    )  # warm-up ends, each size has its epoch
     epochs = most_that_fit(lambda n: seconds(n).value, budget, fewest)
     return Option(f"{flags} --epochs {epochs}".strip(), seconds(epochs), basis)
 
@@ -291,7 +293,7 @@ def _stages(plan: Plan) -> Iterator[Table | str]:
 def _hours(plan: Plan) -> Iterator[Table | str]:
     """How long the run takes."""
     table = _table("the whole run", "part", "how often", "each", "time", "spread", "basis")
-    each = {"training": "steps", "kNN": "evaluations", "start": f"size{'s' * (len(sizes(plan.config)) > 1)}"}
+    each = {"training": "steps", "kNN": "evaluations", "start": f"size{'s' * (len(configs.sizes(plan.config)) > 1)}"}
     for name, (num, seconds) in plan.parts().items():
         if num:
             spread = f"{_time(seconds.low)}-{_time(seconds.high)}" if seconds.low < seconds.high else ""
@@ -357,7 +359,7 @@ def _cards(plan: Plan) -> Iterator[Table | str]:
     rate = figures(views * steps * batch / training.value)
     row = (rate, hours(training), "", plan.report.limit, str(plan.bench.loader.workers), _gb(plan.memory))
     table.add_row(here, *row, "measured", style="bold")
-    peak = max(w.peak for w in plan.work.values()) + _batches(plan)
+    peak = max(w.peak for w in plan.work.values()) + waiting_bytes(plan.config)
     for card in CARDS:
         alone = sum(num * batch * seconds_per_image(card, plan.work[size])[0] for size, num in by_size.items())
         fed = max(alone, steps * batch * host / threads)
@@ -384,13 +386,6 @@ def _cards(plan: Plan) -> Iterator[Table | str]:
 def _cores() -> int:
     """Usable cores."""
     return default_workers(torch.device("cpu"))
-
-
-def _batches(plan: Plan) -> float:
-    """Bytes of the batches that the loader keeps ready on a card, in half precision."""
-    if plan.config.run.micro_batch is not None:  # made late
-        return 0.0
-    return plan.bench.images * plan.config.data.prefetch * sum(2 * 3 * s**2 for s in plan.bench.trainer.spec.sizes)
 
 
 def _fit(plan: Plan, budget: float) -> Iterator[Table | str]:
