@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import dist
+from fastssl.ops import at_least_fp32
 from fastssl.options import at_least
 from loaders.errors import UserError
 
@@ -165,8 +166,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
 
     def _in_one_pass(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The same in plain operations, which a compiler fuses with what follows. `shape` is [V, P, batches, B, S]."""
-        rows = x if x.dtype == torch.float64 else x.float()
-        rows = rows.view(*shape, *x.shape[1:])
+        rows = at_least_fp32(x).view(*shape, *x.shape[1:])
         inside = (1, 3, *range(6, rows.ndim))
         var, mean = torch.var_mean(rows, inside, correction=0, keepdim=True)
         count = rows.numel() // mean.numel()

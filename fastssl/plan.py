@@ -147,9 +147,8 @@ def _epochs(
     def seconds(epochs: int) -> Range:
         return plan.seconds(configs.replace(config, epochs=epochs), factor)
 
-    fewest = max(
-        int(config.optim.warmup_epochs) + 1, len(configs.sizes(config))
-    )  # warm-up ends, each size has its epoch
+    # Warm-up has to end, and each size has its epoch.
+    fewest = max(int(config.optim.warmup_epochs) + 1, len(configs.sizes(config)))
     epochs = most_that_fit(lambda n: seconds(n).value, budget, fewest)
     return Option(f"{flags} --epochs {epochs}".strip(), seconds(epochs), basis)
 
