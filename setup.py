@@ -35,9 +35,9 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "fastssl-convert=loaders.convert:main",
+            "fastssl-convert=loaders.convert.command:main",
             "fastssl-train=fastssl.train:main",
-            "fastssl-eval=fastssl.evaluate.cli:main",
+            "fastssl-eval=fastssl.evaluate.command:main",
         ]
     },
     classifiers=[

@@ -1,4 +1,4 @@
-"""Hours of training on ImageNet for known cards: the table of the README. Derived (fastssl/cards.py), nothing is run.
+"""Hours of training on ImageNet for known cards: the table of the README. Derived (planning/cards.py), nothing is run.
 
     python -m benchmarks.budget [PRESET [OPTIONS]]
 
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import sys
 
-from fastssl import config as configs
-from fastssl.arguments import parse
-from fastssl.cards import CARDS, seconds_per_image
 from fastssl.cli import run_command
-from fastssl.config import Config
-from fastssl.cost import Work, work
-from fastssl.forecast import at_size, steps_by_size, waiting_bytes
-from fastssl.log import figures
+from fastssl.config import schema as configs
+from fastssl.config.command_line import parse
+from fastssl.config.schema import Config
+from fastssl.planning.cards import CARDS, seconds_per_image
+from fastssl.planning.cost import Work, work
+from fastssl.planning.schedule import at_size, steps_by_size, waiting_bytes
+from fastssl.training.log import figures
 
 IMAGENET = 1_281_167
 SHOWN = ("RTX 2080 Ti", "RTX 3090", "RTX 4090", "A100 80 GB", "H100")

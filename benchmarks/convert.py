@@ -36,7 +36,7 @@ from rich.table import Table
 
 from benchmarks import common
 from benchmarks.common import Report, Run, chosen, figure, interleave, not_installed, ratio, shown, spread, timed
-from loaders import convert as fastssl_convert
+from loaders.convert import command as fastssl_convert
 from loaders.errors import UserError
 
 BASELINES = ("cp", "cp-synced", "cp-folder", "ffcv-writer")  # whom every row is compared with

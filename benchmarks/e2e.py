@@ -33,10 +33,10 @@ from rich.table import Table
 from benchmarks.common import FILE_WIDTH, Report, figure, ratio, shown, spread, synchronize, write_json
 from benchmarks.peers import PEERS, Peer
 from benchmarks.step import verdict
-from fastssl import bottleneck
-from fastssl.arguments import parse
 from fastssl.cli import run_command
-from fastssl.train import Trainer
+from fastssl.config.command_line import parse
+from fastssl.training import bottleneck
+from fastssl.training.trainer import Trainer
 from loaders import Batch, Loader
 from loaders.errors import UserError, unknown
 

@@ -49,8 +49,8 @@ from rich.console import Console
 
 from benchmarks.common import FILE_WIDTH, ROOT, machine
 from benchmarks.step import RATES, verdict
-from fastssl import log as logs
 from fastssl.cli import run_command
+from fastssl.training import log as logs
 from loaders.backends import dali
 from loaders.beton import Writer
 from loaders.errors import UserError, unknown

@@ -22,11 +22,11 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from fastssl import config as configs
-from fastssl import log as logs
 from fastssl.cli import run_command
-from fastssl.core import make_views
-from fastssl.presets import PRESETS
+from fastssl.config import schema as configs
+from fastssl.config.presets import PRESETS
+from fastssl.training import log as logs
+from fastssl.training.build import make_views
 from loaders.errors import UserError, unknown
 
 # Runs of this many view passes per image; the presets' names end in the epochs.

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from benchmarks import common, contestants
 from benchmarks.common import not_installed
-from fastssl.backbones import backbone
-from fastssl.core import Precision, pick_precision
-from fastssl.nn import Heads, make_heads
+from fastssl.device import Precision, pick_precision
+from fastssl.networks.backbones import backbone
+from fastssl.networks.heads import Heads, make_heads
 
 LR, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 1e-4
 _FP32 = Precision(None, False)

@@ -8,7 +8,7 @@ All contestants of a backbone train on the same views, which lie on the device a
     eager             fp32, NCHW, each view by itself through the network: the loss in plain torch, no compiler
     channels-last     the same in memory format channels_last
     amp               and in mixed precision (--precision)
-    one-pass          and as this project does it: `fastssl.step.Step` with --compile off
+    one-pass          and as this project does it: `fastssl.training.step.Step` with --compile off
     compiled          the same with --compile on: the trainer's default on a GPU
     reduce-overhead   the same with --compile reduce-overhead (CUDA graphs; GPU only)
     lightly, lightly-amp, simsiam     the steps of others: see benchmarks/peers.py
@@ -26,7 +26,7 @@ so that nothing waits for a measurement.
     GB moved     what the step's operations read and write if no cache spares it; of eager contestants only, as the
                  inside of fused operations cannot be seen. GB/s follows, and its share of the device's own copy.
     TFLOP/s      of the step's operations, those of the same step without compiler for the compiled ones; and their
-                 share of the device's own product. Both are counted by `fastssl.cost.Meter`.
+                 share of the device's own product. Both are counted by `fastssl.planning.cost.Meter`.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ from benchmarks import common
 from benchmarks.augment import COPY_BYTES
 from benchmarks.common import Report, chosen, figure, interleave, ratio, shown, spread, synchronize, timed_on
 from benchmarks.peers import PEERS, TrainStep
-from fastssl import config as configs
-from fastssl.core import make_method, make_views, pick_device, pick_precision
-from fastssl.cost import Meter
+from fastssl.config import schema as configs
+from fastssl.device import pick_device, pick_precision
+from fastssl.planning.cost import Meter
 from fastssl.progress import Progress
-from fastssl.step import Step
+from fastssl.training.build import make_method, make_views
+from fastssl.training.step import Step
 from loaders import Batch, Loader, ViewSpec
 from loaders.dataset import open_data
 from loaders.errors import UserError

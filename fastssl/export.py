@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from fastssl.checkpoint import write_atomic
+from fastssl.files import write_atomic
 from loaders.errors import UserError
 
 NAME = "weights.safetensors"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import numpy as np
 
 from loaders.beton import Reader, Sample
 from loaders.errors import UserError
-from loaders.sources import expand_braces
 
 
 class Readers:
@@ -130,3 +130,22 @@ def _split(data: str) -> list[str]:
         else:
             parts[-1] += c
     return [p.strip() for p in parts if p.strip()]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{08..10}.tar` -> a-08.tar a-09.tar a-10.tar; `{x,y}` lists; several braces multiply. A real path stays."""
+    if "{" not in pattern or Path(pattern).exists():
+        return [pattern]
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    options: list[list[str]] = []
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            options.append([piece])
+        elif found := re.fullmatch(r"(\d+)\.\.(\d+)", piece):
+            first, last = found.groups()
+            if int(last) < int(first):
+                raise UserError(f"{pattern}: the range {{{piece}}} is empty; write the smaller number first")
+            options.append([f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)])
+        else:
+            options.append(piece.split(","))
+    return ["".join(parts) for parts in itertools.product(*options)]

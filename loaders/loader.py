@@ -25,11 +25,11 @@ import torch
 
 from loaders import auto, backends
 from loaders.augment import DeviceAugment, divide
-from loaders.backends.cpu import default_workers
 from loaders.beton import Reader
 from loaders.dataset import Readers, open_data
 from loaders.errors import UserError
 from loaders.job import ON_BAD_SAMPLE, Job, empty_images
+from loaders.machine import default_workers
 from loaders.order import page_order, random_order, sequential, steps_per_epoch
 from loaders.read_ahead import ReadAhead
 from loaders.stats import Stats

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from fastssl.cli import run_command
-from fastssl.log import summary
+from fastssl.training.log import summary
 from loaders.beton import Reader
 
 

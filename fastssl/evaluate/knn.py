@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastssl.evaluate.task import Task
+from fastssl.evaluate.base import Task
 from loaders.errors import UserError
 
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastssl.losses.ops import feature_std, negative_cosine, pair_loss
+from fastssl.losses.pairs import PairConfig, pair_views, pair_weights
+from fastssl.losses.patches import Features, online_features, predictions
 from fastssl.methods import simsiam
-from fastssl.momentum import Momentum, Schedule, ema_update, momentum_copy
-from fastssl.nn import OutputNorm, PredictorBias, each_view, encode
-from fastssl.ops import feature_std, negative_cosine, pair_loss
-from fastssl.pairs import PairConfig, pair_views, pair_weights
-from fastssl.patches import Features, online_features, predictions
+from fastssl.networks.encode import each_view, encode
+from fastssl.networks.heads import OutputNorm, PredictorBias
+from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
 from fastssl.progress import Progress
 from loaders import Batch
 

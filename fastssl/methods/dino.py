@@ -18,14 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import dist
-from fastssl.addons import MultiCrop, multicrop_views, rebalanced_weights
-from fastssl.momentum import Momentum, Schedule, ema_update, momentum_copy
-from fastssl.nn import WeightNormLinear, all_views, encode_together, init_like_vit, mlp
-from fastssl.ops import at_least_fp32, cross_entropy, feature_std, pair_loss
-from fastssl.options import above_zero, at_least, share
+from fastssl import processes
+from fastssl.device import at_least_fp32
+from fastssl.losses.multicrop import MultiCrop, multicrop_views, rebalanced_weights
+from fastssl.losses.ops import cross_entropy, feature_std, pair_loss
+from fastssl.networks.encode import all_views, encode_together
+from fastssl.networks.heads import WeightNormLinear, init_like_vit, mlp
+from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
 from fastssl.progress import Progress
 from loaders import Batch
+from loaders.checks import above_zero, at_least, share
 
 
 @dataclass(kw_only=True)
@@ -125,7 +127,7 @@ class Method(nn.Module):
         self.num_parts.zero_()
 
     def after_backward(self, progress: Progress) -> None:
-        off_P = dist.mean_over_processes(self.off_center / self.num_parts.clamp(min=1))
+        off_P = processes.mean_over_processes(self.off_center / self.num_parts.clamp(min=1))
         self.center.add_(off_P, alpha=1 - self.config.center_momentum)
         if progress.epoch < self.config.freeze_epochs:
             for p in self.prototypes.parameters():

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastssl.losses.pairs import pair_views
+from fastssl.losses.patches import Variant
 from fastssl.methods import mocov3
-from fastssl.momentum import Schedule
-from fastssl.nn import OutputNorm, PredictorBias
-from fastssl.pairs import pair_views
-from fastssl.patches import Variant
+from fastssl.networks.heads import OutputNorm, PredictorBias
+from fastssl.networks.momentum import Schedule
 
 
 @dataclass(kw_only=True)

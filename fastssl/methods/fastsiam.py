@@ -17,11 +17,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastssl.addons import guide_mean, spread
+from fastssl.losses.guided import guide_mean, spread
+from fastssl.losses.ops import feature_std, mean_of_others, negative_cosine, own, pair_loss
+from fastssl.losses.pairs import pair_views
+from fastssl.losses.patches import Features, predictions
 from fastssl.methods import simsiam
-from fastssl.ops import feature_std, mean_of_others, negative_cosine, own, pair_loss
-from fastssl.pairs import pair_views
-from fastssl.patches import Features, predictions
 from loaders import UserError
 
 

@@ -20,14 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import dist
-from fastssl.addons import MultiCrop, multicrop_views, rebalanced_weights
-from fastssl.momentum import Momentum, ema_update, momentum_copy
-from fastssl.nn import Queue, encode, encode_shuffled, encode_together, init_like_vit, mlp, split_batch_norm
-from fastssl.ops import at_least_fp32, feature_std, info_nce_queue, pair_loss
-from fastssl.options import above_zero, at_least
+from fastssl import processes
+from fastssl.device import at_least_fp32
+from fastssl.losses.multicrop import MultiCrop, multicrop_views, rebalanced_weights
+from fastssl.losses.ops import feature_std, info_nce_queue, pair_loss
+from fastssl.networks.batch_norm import split_batch_norm
+from fastssl.networks.encode import encode, encode_shuffled, encode_together
+from fastssl.networks.heads import init_like_vit, mlp
+from fastssl.networks.momentum import Momentum, ema_update, momentum_copy
+from fastssl.networks.queue import Queue
 from fastssl.progress import Progress
 from loaders import Batch, UserError
+from loaders.checks import above_zero, at_least
 
 
 @dataclass(kw_only=True)
@@ -94,7 +98,7 @@ class Method(nn.Module):
         h = [encode(self.backbone, views[2 - with_keys : 2])]
         h += [encode_together(self.backbone, views[2:])] if views[2:] else []
         with torch.no_grad():
-            shuffles = self.config.shuffle_bn and (dist.size() > 1 or self.config.bn_splits > 1)
+            shuffles = self.config.shuffle_bn and (processes.size() > 1 or self.config.bn_splits > 1)
             if shuffles:
                 h_TBD = torch.stack([encode_shuffled(self.target_backbone, x) for x in views[:with_keys]])
             else:
@@ -110,7 +114,7 @@ class Method(nn.Module):
         distance = partial(info_nce_queue, queue_QD=self.queue.rows.clone(), temperature=config.temperature)
         loss = pair_loss(distance, q_MBD, k_TBD, w)
         for k_BD in k_TBD:  # after the look-up: no image is its own negative
-            self.queue.push(dist.gather(k_BD))
+            self.queue.push(processes.gather(k_BD))
         return loss, {"feature_std": feature_std(k_TBD)}
 
     def before_step(self, progress: Progress) -> None:

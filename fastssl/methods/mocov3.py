@@ -15,13 +15,13 @@ from functools import partial
 
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import processes
+from fastssl.losses.ops import feature_std, info_nce, pair_loss
+from fastssl.losses.pairs import pair_views, pair_weights
+from fastssl.losses.patches import Features, predictions
 from fastssl.methods import byol
-from fastssl.nn import OutputNorm, PredictorBias
-from fastssl.ops import feature_std, info_nce, pair_loss
-from fastssl.options import above_zero
-from fastssl.pairs import pair_views, pair_weights
-from fastssl.patches import Features, predictions
+from fastssl.networks.heads import OutputNorm, PredictorBias
+from loaders.checks import above_zero
 
 
 @dataclass(kw_only=True)
@@ -56,8 +56,8 @@ class Method(byol.Method):
     def loss(self, online: list[Features], h_TBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         p_MBD, _, owner_M = predictions(self.projector, self.predictor, online, self.config)
         z_TBD = self.targets(h_TBD)
-        k_TND = [dist.gather(z_BD) for z_BD in z_TBD]
-        own_B = dist.own_rows(z_TBD.shape[1], z_TBD.device)
+        k_TND = [processes.gather(z_BD) for z_BD in z_TBD]
+        own_B = processes.own_rows(z_TBD.shape[1], z_TBD.device)
         distance = partial(info_nce, temperature=self.config.temperature, positives=own_B)
         loss = pair_loss(distance, p_MBD, k_TND, pair_weights(owner_M, z_TBD, self.config))
         if self.config.sum_directions:

@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import dist
+from fastssl import processes
+from fastssl.device import at_least_fp32
+from fastssl.losses.ops import feature_std, info_nce, pair_loss
+from fastssl.losses.pairs import pair_views, pair_weights
+from fastssl.losses.patches import Features, predictions
 from fastssl.methods import simsiam
-from fastssl.nn import OutputNorm, Queue
-from fastssl.ops import at_least_fp32, feature_std, info_nce, pair_loss
-from fastssl.options import above_zero, at_least
-from fastssl.pairs import pair_views, pair_weights
-from fastssl.patches import Features, predictions
+from fastssl.networks.heads import OutputNorm
+from fastssl.networks.queue import Queue
+from loaders.checks import above_zero, at_least
 
 
 @dataclass(kw_only=True)
@@ -68,15 +70,15 @@ class Method(simsiam.Method):
         p_MBD, z_TBD, owner_M = predictions(self.projector, self.predictor, online, self.config)
         z_TBD = self.targets(z_TBD, h_TBD)
         n_TBD = self.neighbours(z_TBD)
-        own_B = dist.own_rows(z_TBD.shape[1], z_TBD.device)
+        own_B = processes.own_rows(z_TBD.shape[1], z_TBD.device)
 
         def distance(p_mBD: Tensor, n_BD: Tensor) -> Tensor:  # the neighbour looks for its prediction
             return torch.stack(
-                [info_nce(n_BD, dist.gather_with_grad(p_BD), self.config.temperature, own_B) for p_BD in p_mBD]
+                [info_nce(n_BD, processes.gather_with_grad(p_BD), self.config.temperature, own_B) for p_BD in p_mBD]
             )
 
         loss = pair_loss(distance, p_MBD, n_TBD, pair_weights(owner_M, z_TBD, self.config))
-        self.queue.push(dist.gather(F.normalize(at_least_fp32(z_TBD[0]), dim=1)))
+        self.queue.push(processes.gather(F.normalize(at_least_fp32(z_TBD[0]), dim=1)))
         return loss, {"feature_std": feature_std(z_TBD)}
 
     @torch.no_grad()

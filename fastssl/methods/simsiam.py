@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastssl.nn import each_view, encode, head_groups, make_heads
-from fastssl.ops import feature_std, negative_cosine, pair_loss
-from fastssl.pairs import PairConfig, pair_views, pair_weights
-from fastssl.patches import Features, online_features, predictions
+from fastssl.losses.ops import feature_std, negative_cosine, pair_loss
+from fastssl.losses.pairs import PairConfig, pair_views, pair_weights
+from fastssl.losses.patches import Features, online_features, predictions
+from fastssl.networks.encode import each_view, encode
+from fastssl.networks.heads import head_groups, make_heads
 from loaders import Batch
 
 

@@ -18,13 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import dist
-from fastssl.addons import MultiCrop, multicrop_views, rebalanced_weights
-from fastssl.nn import Queue, all_views, encode_together, mlp
-from fastssl.ops import at_least_fp32, cross_entropy, feature_std, pair_loss, sinkhorn
-from fastssl.options import above_zero, at_least
+from fastssl import processes
+from fastssl.device import at_least_fp32
+from fastssl.losses.multicrop import MultiCrop, multicrop_views, rebalanced_weights
+from fastssl.losses.ops import cross_entropy, feature_std, pair_loss, sinkhorn
+from fastssl.networks.encode import all_views, encode_together
+from fastssl.networks.heads import mlp
+from fastssl.networks.queue import Queue
 from fastssl.progress import Progress
 from loaders import Batch
+from loaders.checks import above_zero, at_least
 
 
 @dataclass(kw_only=True)
@@ -80,7 +83,7 @@ class Method(nn.Module):
     def features(self, batch: Batch) -> tuple[Tensor]:
         """f of all views."""
         if self.queues and self.steps_filling >= 0:
-            full = self.steps_filling * len(batch.views[0]) * dist.size() >= len(self.queues[0].rows)
+            full = self.steps_filling * len(batch.views[0]) * processes.size() >= len(self.queues[0].rows)
             self.queue_state = "serves" if full else "fills"
         return (encode_together(self.backbone, batch.views),)
 
@@ -102,9 +105,10 @@ class Method(nn.Module):
         if self.queue_state != "waits":
             queue = self.queues[i]
             if self.queue_state == "serves":
-                rows = torch.cat([self.prototypes(queue.rows[dist.rank() :: dist.size()]), rows])  # a share each
-            queue.push(dist.gather(z_BD))
-        return sinkhorn(rows, config.epsilon, config.sinkhorn_iterations, dist.sum_over_processes)[-len(z_BD) :]
+                own = queue.rows[processes.rank() :: processes.size()]  # a share for each process
+                rows = torch.cat([self.prototypes(own), rows])
+            queue.push(processes.gather(z_BD))
+        return sinkhorn(rows, config.epsilon, config.sinkhorn_iterations, processes.sum_over_processes)[-len(z_BD) :]
 
     def before_step(self, progress: Progress) -> None:
         self.steps_filling = progress.step - self.config.queue_from_epoch * progress.steps_per_epoch

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 from loaders import jpeg
 from loaders.beton import MODE_RAW, Reader, Sample
 from loaders.job import Job
+from loaders.machine import default_workers
 from loaders.stats import Stats
 from loaders.views import ViewSpec
 
@@ -31,12 +31,6 @@ _RESIZE = {
 
 
 _PAGE = mmap.PAGESIZE
-
-
-def default_workers(device: torch.device) -> int:
-    """All usable cores, less one for the training loop where a GPU does the computing."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - 1) if device.type == "cuda" else cores
 
 
 def decode(sample: Sample) -> np.ndarray:

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.backends.cpu import decode, default_workers
+from loaders.backends.cpu import decode
 from loaders.beton import MODE_RAW, Reader, Sample
 from loaders.dataset import Readers
 from loaders.errors import UserError
 from loaders.job import Job
+from loaders.machine import default_workers
 from loaders.stats import Stats
 from loaders.views import ViewSpec
 

@@ -20,8 +20,8 @@ import torch
 
 from loaders.backends import cpu
 from loaders.beton import MODE_JPEG, Reader, Sample
+from loaders.convert.images import jpeg_head
 from loaders.dataset import Readers
-from loaders.images import jpeg_head
 from loaders.views import ViewSpec
 
 

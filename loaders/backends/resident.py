@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from loaders.beton import MODE_RAW, Reader, Sample
 from loaders.dataset import Readers
 from loaders.errors import UserError
 from loaders.job import Job
+from loaders.machine import bytes_free
 from loaders.stats import Stats
 from loaders.views import ViewSpec
 
@@ -37,17 +37,6 @@ _ROUND = 32  # gathered boxes have sides that are multiples of this: few distinc
 def bytes_needed(reader: Reader | Readers) -> int:
     """Size of all images as uint8 RGB."""
     return int((reader.height.astype(np.int64) * reader.width).sum()) * 3
-
-
-def bytes_free(device: torch.device) -> int:
-    """Free memory of the device, or of the host (what Linux says can be had without swapping)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        line = next(x for x in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if "MemAvailable" in x)
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return 0  # unknown: `auto` will not take it
 
 
 class Backend(cpu.Backend):

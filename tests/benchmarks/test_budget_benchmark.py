@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.budget import IMAGENET, RECIPES, hours, main, memory, row, table
-from fastssl.arguments import parse
-from fastssl.cards import EFFICIENCY, card
-from fastssl.cost import Work
+from fastssl.config.command_line import parse
+from fastssl.planning.cards import EFFICIENCY, card
+from fastssl.planning.cost import Work
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 MOVING = Work(flops=1, bytes=EFFICIENCY * card("RTX 3090").bandwidth / 1000, peak=4e9, operations=1)  # 1 ms per image

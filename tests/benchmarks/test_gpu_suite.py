@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks import augment, common, e2e, gpu_suite, step
 from benchmarks.contestants import contestants
 from benchmarks.gpu_suite import Config, Outcome, Part
-from fastssl.arguments import parse
+from fastssl.config.command_line import parse
 from loaders.beton import Reader
 from loaders.errors import UserError
 

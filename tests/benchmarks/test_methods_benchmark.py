@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.methods import ROWS, main
-from fastssl import methods, presets
-from fastssl.core import make_views
+from fastssl import methods
+from fastssl.config import presets
 from fastssl.train import main as train
+from fastssl.training.build import make_views
 
 
 def test_every_method_has_a_row_and_rows_have_equal_view_passes() -> None:

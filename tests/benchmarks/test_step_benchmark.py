@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import TinyResNet, made
 from torch import Tensor, nn
 
 from benchmarks import common, step
 from benchmarks.peers import PEERS, Lightly, SimSiam
 from benchmarks.step import VARIANTS, Config, Contestant
-from fastssl.core import make_method, pick_precision
+from fastssl.device import pick_precision
+from fastssl.training.build import make_method
 from loaders import Batch
-from tests.fastssl.small import TinyResNet, made
 
 run_command = functools.partial(common.main, "step", Config, step.measure)
 CPU = torch.device("cpu")

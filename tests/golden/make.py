@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from fastssl import methods
-from fastssl.config import typed_config
-from fastssl.core import make_views
+from fastssl.config.schema import typed_config
 from fastssl.progress import Progress
+from fastssl.training.build import make_views
 from loaders import Batch
 
 FILE = Path(__file__).with_name("losses.json")

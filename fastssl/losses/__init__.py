@@ -1,0 +1,1 @@
+"""What losses are written with: distances, targets, pairs of views and their weights."""

@@ -1,0 +1,1 @@
+"""What networks are built from and how views go through them."""

@@ -1,0 +1,91 @@
+"""Activation checkpointing: blocks of a backbone keep only their input for the backward pass, which computes the rest
+again (Chen et al. 2016). Less memory for one more forward pass, and the same numbers: losses, gradients,
+running statistics and what stochastic depth drops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from fastssl.networks import batch_norm
+from loaders.errors import UserError
+
+_TORCHVISION = (BasicBlock, Bottleneck, InvertedResidual)
+_TIMM = ("drop_path", "drop_path1")  # timm's residual blocks have one of these, whether they drop anything or not
+
+
+def checkpoint_activations(net: nn.Module, name: str) -> None:
+    """Let the residual blocks of `net` (backbone `name`), in place, compute their activations again when they are
+    needed for gradients. Nothing else changes: not the names in the state dict, nor passes in eval mode or without
+    gradients.
+
+    Raises UserError if less than a third of the weights are in such blocks.
+    """
+    blocks = list(_blocks(net))
+    if 3 * sum(_size(block) for block in blocks) < _size(net):
+        raise UserError(
+            f"--activation-checkpointing: {name} is not made of blocks that can be recomputed, leave it out; it works "
+            "with resnet*, mobilenet_v2, vit-* and the models of timm that are made of residual blocks"
+        )
+    for block in blocks:
+        block.__class__ = _checkpointed(type(block))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _blocks(net: nn.Module) -> Iterator[nn.Module]:
+    """The outermost residual blocks."""
+    for child in net.children():
+        if isinstance(child, _TORCHVISION) or any(hasattr(child, name) for name in _TIMM):
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+@functools.cache
+def _checkpointed(block: type[nn.Module]) -> type[nn.Module]:
+    """The class `block` with activations computed twice. A subclass, since names in state dicts stay and copies of a
+    module work, which would call the original's `forward` if that were replaced."""
+
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return block.forward(self, *args, **kwargs)
+        options: dict[str, object] = {"use_reentrant": False}
+        if not torch.compiler.is_compiling():  # a compiler recomputes values only, never what a pass leaves behind
+            options["context_fn"] = functools.partial(_contexts, self)
+        return checkpoint(functools.partial(block.forward, self), *args, **options, **kwargs)
+
+    return type(block.__name__, (block,), {"forward": forward, "__module__": block.__module__})
+
+
+def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """What the first pass and the second one, later in the backward pass, run in."""
+    norms = {m: m.__dict__.copy() for m in block.modules() if isinstance(m, _BatchNorm)}
+    return contextlib.nullcontext(), _again(norms, frozen=batch_norm._frozen)
+
+
+@contextlib.contextmanager
+def _again(norms: dict[_BatchNorm, dict[str, object]], *, frozen: bool) -> Iterator[None]:
+    """BatchNorms have the attributes that they had in the first pass (their groups are set for each pass), and update
+    copies of their running statistics; or none if they did not update any then."""
+    now = {norm: norm.__dict__ for norm in norms}
+    for norm, before in norms.items():
+        copies = {name: None if b is None else b.clone() for name, b in norm._buffers.items()}
+        norm.__dict__ = before | {"_buffers": copies}
+    try:
+        with batch_norm.frozen_running_stats() if frozen else contextlib.nullcontext():
+            yield
+    finally:
+        for norm, attributes in now.items():
+            norm.__dict__ = attributes

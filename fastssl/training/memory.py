@@ -1,0 +1,242 @@
+"""What a training step keeps in memory, part by part, and the largest micro-batch that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import resource
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from fastssl.networks.micro_batch import use_micro_batches
+from fastssl.progress import Progress
+from fastssl.training.step import Step
+from loaders import Batch, Loader
+from loaders.errors import UserError
+from loaders.machine import bytes_free
+
+_SHARE = 0.95  # of the memory may be planned for; what is left is lost between the allocator's blocks
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # torch's own error, and that of CUDA's libraries
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Memory of one process, bytes."""
+
+    weights: int
+    """Parameters and buffers, momentum networks apart."""
+    momentum: int
+    """Momentum networks: parts of the method without anything to train."""
+    gradients: int
+    optimiser: int
+    activations: int
+    """What the forward pass keeps for the backward pass, at most; with micro-batches that of one of them. Blocks that
+    are computed again count with their input; weights in half precision are counted here."""
+    views: int
+    """Of all batches that are being trained on, ready, or being made."""
+    loader: int
+    """Crops before augmentation and decoded images, on the host or (backends resident and dali) on the GPU."""
+    peak: int | None
+    """The most that was allocated on the GPU in a step; None on a CPU."""
+
+    @property
+    def total(self) -> int:
+        """Peak of the GPU, or the parts together, loader apart."""
+        values = dataclasses.asdict(self)
+        return values.pop("peak") or sum(values.values()) - self.loader
+
+    def __str__(self) -> str:
+        gigabytes = {name: (value or 0) / 1e9 for name, value in dataclasses.asdict(self).items()}
+        peak = gigabytes.pop("peak")
+        parts = [f"{name} {value:.3g}" for name, value in gigabytes.items() if value or name != "momentum"]
+        return f"{', '.join(parts)} GB" + (f"; peak {peak:.3g} GB" if peak else "")
+
+
+def measured_step(
+    step: Step, batch: Batch, progress: Progress, loader: Loader | None = None
+) -> tuple[tuple[Tensor, dict[str, Tensor]], Parts]:
+    """What `step(batch, progress)` returns, and the memory that it took; without `loader`, of `batch` alone.
+
+    The step computes what it always does, and waits for nothing.
+    """
+    method, on_gpu = step.method, step.device.type == "cuda"
+    before = _bytes(_tensors(step.optimizer.state))
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(step.device)
+    views = [*batch.views, *(batch.tiles or [])]
+    with (activations := Activations([*method.parameters(), *method.buffers(), *views])):
+        result = step(batch, progress)
+    momentum = [m for m in method.children() if _is_momentum(m)]
+    apart = sum(_bytes(m.state_dict().values()) for m in momentum)
+    optimiser = _bytes(_tensors(step.optimizer.state))
+    # The first step makes the optimiser's state at its end, the others have it all the time.
+    peak = torch.cuda.max_memory_allocated(step.device) + optimiser - before if on_gpu else None
+    slots = loader.slots if loader else []
+    batches = 1 if loader is None or loader.late else len(slots)
+    return result, Parts(
+        weights=_bytes([*method.parameters(), *method.buffers()]) - apart,
+        momentum=apart,
+        gradients=_bytes(p for p in method.parameters() if p.requires_grad),
+        optimiser=optimiser,
+        activations=activations.peak,
+        views=_bytes(views) * max(1, batches),
+        loader=_bytes(crop for slot in slots for crop in slot.crops) + _decoded(loader),
+        peak=peak,
+    )
+
+
+class Activations(saved_tensors_hooks):
+    """Counts what autograd keeps for the backward pass of what is computed inside: distinct storages, none of those of
+    the tensors `known`. `now` and `peak` are bytes."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__(self._keep, lambda kept: kept.tensor)
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._uses: Counter[int] = Counter()  # by storage
+
+    def _keep(self, tensor: Tensor) -> _Kept:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            if not self._uses[storage.data_ptr()]:
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+            self._uses[storage.data_ptr()] += 1
+        return _Kept(self, tensor.detach())
+
+    def _release(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._uses[storage.data_ptr()] -= 1
+            if not self._uses[storage.data_ptr()]:
+                self.now -= storage.nbytes()
+
+
+class _Kept:
+    """A tensor in autograd's hands; it lets go of this as soon as its backward pass is over."""
+
+    def __init__(self, owner: Activations, tensor: Tensor):
+        self.owner, self.tensor = owner, tensor
+
+    def __del__(self) -> None:
+        self.owner._release(self.tensor)
+
+
+def _is_momentum(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _tensors(state: dict) -> Iterable[Tensor]:
+    """Those of an optimiser."""
+    return (value for values in state.values() for value in values.values() if isinstance(value, Tensor))
+
+
+def _decoded(loader: Loader | None) -> int:
+    """Images that the loader has decoded beforehand."""
+    pixels = getattr(loader.backend, "pixels_P3", None) if loader else None
+    return 0 if pixels is None else _bytes([pixels])
+
+
+def peak_host_memory() -> int:
+    """The most memory that this process has had resident, bytes."""
+    try:  # Linux's ru_maxrss begins with the parent's peak; this does not
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ------------------------------------------------------------------ out of memory
+
+
+def out_of_memory(step: Step, batch: Batch, progress: Progress, error: torch.OutOfMemoryError) -> UserError:
+    """What to tell the user after `step(batch, progress)` raised `error`: the largest micro-batch that fits.
+
+    It is found by training on the batch, so weights and optimiser are of no use afterwards.
+    """
+    traceback.clear_frames(error.__traceback__)  # they hold what the step had allocated
+    config, sides = step.config, sorted({x.shape[-1] for x in batch.views}, reverse=True)
+    images = config.run.micro_batch
+    what = (
+        f"out of GPU memory ({_room(step.device) / 1e9:.1f} GB) with --batch-size {config.data.batch_size}"
+        f"{f', --micro-batch {images}' if images else ''} and {len(batch.views)} views of "
+        f"{' and '.join(str(side) for side in sides)} px"
+    )
+    if step.world.size > 1:  # they do not run out at the same moment, and would wait for each other
+        smaller = max(2, (images or len(batch.index)) // 2)
+        return UserError(f"{what} in one of {step.world.size} processes: try --micro-batch {smaller}")
+    try:
+        fits = largest_micro_batch(step, batch, progress)
+    except UserError as refused:
+        return UserError(f"{what}: use a smaller --batch-size, or --activation-checkpointing ({refused})")
+    if fits is None:
+        less = "" if config.model.activation_checkpointing else "add --activation-checkpointing, or "
+        return UserError(
+            f"{what}, and the smallest micro-batch does not fit either: {less}use a smaller --size, "
+            "--backbone or --batch-size"
+        )
+    return UserError(
+        f"{what}: {'use' if images else 'add'} --micro-batch {fits}, the largest that fits (same loss as the big batch "
+        f"with BatchNorm over groups of {fits})"
+    )
+
+
+def largest_micro_batch(step: Step, batch: Batch, progress: Progress) -> int | None:
+    """The largest --micro-batch with which the device's memory is enough for this batch; None if it is for none.
+
+    Memory grows by the same amount with each image. Two small micro-batches say by which; then the largest divisor of
+    the batch that should fit is tried, and if need be the next ones. Weights and optimiser are of no use afterwards.
+    Raises UserError for a network that cannot be trained in micro-batches.
+    """
+    num, room = len(batch.index), _SHARE * _room(step.device)
+
+    def used(images: int) -> float:
+        return _used(step, batch, progress, images)
+
+    divisors = [n for n in range(2, num // 2 + 1) if num % n == 0]
+    if not divisors or (least := used(divisors[0])) > room:
+        return None
+    if len(divisors) > 1 and (more := used(divisors[1])) <= room:
+        per_image = (more - least) / (divisors[1] - divisors[0])
+        for images in reversed(divisors[1:]):
+            if least + per_image * (images - divisors[0]) <= room and used(images) <= room:
+                return images
+    return divisors[0]
+
+
+def _used(step: Step, batch: Batch, progress: Progress, images: int) -> float:
+    """Bytes that a step in micro-batches of `images` takes; infinite if there are not so many."""
+    step.micro = use_micro_batches(step.method, images)
+    try:
+        return measured_step(step, batch, progress)[1].total
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        return math.inf
+    finally:
+        step.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if step.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that this process can have: those that it has, and the free ones."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return bytes_free(device)

@@ -1,0 +1,140 @@
+"""One training step: forward, backward, and the only `optimizer.step()` of the project.
+
+Nothing in it waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl import processes
+from fastssl.config.schema import Config
+from fastssl.device import pick_precision
+from fastssl.networks.micro_batch import MicroBatches, slices, use_micro_batches
+from fastssl.processes import World
+from fastssl.progress import Progress
+from fastssl.training.optimizers import lr_at, make_optimizer, scaled_lr, set_lr, set_weight_decay, weight_decay_at
+from loaders import Batch
+from loaders.errors import UserError
+
+
+class Step:
+    """What a step is made with: method, optimiser, loss scaling. `step(batch, progress)` takes one."""
+
+    def __init__(self, config: Config, method: nn.Module, device: torch.device, world: World | None = None):
+        self.config, self.device, self.world = config, device, world or World()
+        self.method, self.precision = method, pick_precision(config.run.precision, device)
+        self.micro = self._micro_batches()
+        torch.backends.cudnn.benchmark = True  # shapes stay: the fastest convolution for each is looked for once
+        method.to(device, memory_format=torch.channels_last)
+        self.base_lr = scaled_lr(config.optim, config.data.batch_size)
+        self.optimizer = make_optimizer(method, config.optim, self.base_lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.scale)
+        if config.run.compile != "off" and (config.run.compile != "auto" or device.type == "cuda"):
+            compile_method(method, mode="reduce-overhead" if config.run.compile == "reduce-overhead" else None)
+        self.forward = method
+        if self.world.size > 1:
+            # BatchNorm's running statistics stay each process's own; the first one's are saved.
+            new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.15
+            sync = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+            self.forward = DistributedDataParallel(method, **sync)
+
+    def _micro_batches(self) -> MicroBatches | None:
+        images, num = self.config.run.micro_batch, self.config.data.batch_size // self.world.size
+        if images is None or images >= num:
+            return None
+        if num % images:
+            raise UserError(f"--micro-batch {images} does not divide the {num} images of a process: use a divisor")
+        return use_micro_batches(self.method, images)
+
+    def __call__(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """Train on a batch. Returns the loss and the method's metrics, without gradient, still on the device."""
+        if self.config.run.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs returned in the last step may be overwritten
+        self._set_schedules(progress)
+        self._hook("before_step", progress)
+        loss, metrics = self._forward_backward(batch)
+        clip_norm = self.config.optim.clip_norm
+        if clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.method.parameters(), clip_norm)  # does not wait for the device
+        self._hook("after_backward", progress)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._hook("after_step", progress)
+        return loss, metrics
+
+    def _forward_backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of the batch's loss, the mean over all processes; the loss and the metrics."""
+        if self.micro is None:
+            return self._backward(batch)
+        # In between, processes do not talk: gradients are added up first.
+        with self.forward.no_sync() if self.world.size > 1 else contextlib.nullcontext():
+            if getattr(self.method, "separable", False):
+                share = self.micro.images / len(batch.index)
+                parts = [self._backward(part, share) for part in slices(batch, self.micro.images)]
+                loss = share * sum(loss for loss, _ in parts)
+                metrics = {name: share * sum(metrics[name] for _, metrics in parts) for name in parts[0][1]}
+            else:
+                loss, metrics = self._backward(batch)
+                self.micro.backward(lambda: self.precision.autocast(self.device))
+        if self.world.size > 1:
+            processes.average_gradients(self.method.parameters())
+        return loss, metrics
+
+    def _backward(self, batch: Batch, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradients of `share` times the loss."""
+        with self.precision.autocast(self.device):
+            loss, metrics = self.forward(batch)
+        self.scaler.scale(loss if share == 1 else loss * share).backward()
+        return loss.detach(), metrics
+
+    def lr(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return lr_at(self.config.optim, self.base_lr, step, steps_per_epoch)
+
+    def _set_schedules(self, progress: Progress) -> None:
+        optim, step, per_epoch = self.config.optim, progress.step, progress.steps_per_epoch
+        set_lr(self.optimizer, self.lr(step, per_epoch))
+        if optim.weight_decay_end is not None:
+            set_weight_decay(self.optimizer, weight_decay_at(optim, step, per_epoch))
+
+    def _hook(self, name: str, progress: Progress) -> None:
+        """Call the method's `before_step`, `after_backward` or `after_step`, if it has it."""
+        hook = getattr(self.method, name, None)
+        if hook is not None:
+            hook(progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, buffers, optimiser and loss scale."""
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse; other keys are ignored."""
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def compile_method(method: nn.Module, mode: str | None = None, **options: Any) -> None:
+    """Compile the networks that see images, and all that comes after them as one graph (`method.loss`): combinations,
+    heads, targets, distances. A method without `loss` has its parts compiled. Names in the state dict stay."""
+    # One graph for every size of image: code for any size would be slower.
+    options = {"mode": mode, "dynamic": False} | options
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    if hasattr(method, "loss"):
+        method.loss = torch.compile(method.loss, **options)
+    for name, part in method.named_children():
+        if not hasattr(method, "loss") or name in ("backbone", "target_backbone"):
+            part.compile(**options)

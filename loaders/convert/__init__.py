@@ -1,0 +1,1 @@
+"""fastssl-convert: any source of images -> one .beton."""

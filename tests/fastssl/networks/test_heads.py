@@ -1,0 +1,419 @@
+"""Heads of every method as published, BatchNorm groups, and the queue."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastssl import methods
+from fastssl.methods import mocov2
+from fastssl.networks.batch_norm import group_batch_norm, split_batch_norm
+from fastssl.networks.encode import each_view, encode, encode_shuffled, encode_together
+from fastssl.networks.heads import Heads, WeightNormLinear, head_groups, init_like_vit, make_heads, mlp
+from fastssl.networks.queue import Queue
+from loaders import Batch, UserError
+
+# ------------------------------------------------------------------ heads as published
+
+
+def described(head: nn.Module) -> list[str]:
+    """The layers in short: 8-4+b is a Linear with bias, BN and bn are BatchNorms with and without scale and shift."""
+    found = []
+    for m in head:
+        if isinstance(m, nn.Linear):
+            found.append(f"{m.in_features}-{m.out_features}" + ("" if m.bias is None else "+b"))
+        elif isinstance(m, nn.BatchNorm1d):
+            found.append(f"{'BN' if m.affine else 'bn'}{m.num_features}")
+        else:
+            found.append(type(m).__name__)
+    return found
+
+
+def layers(text: str) -> list[str]:
+    return text.replace("R", "ReLU").replace("G", "GELU").split()
+
+
+SIMSIAM_G = "{d}-{d} BN{d} R {d}-{d} BN{d} R {d}-2048 bn2048"
+SIMSIAM_H = "2048-512 BN512 R 512-2048+b"
+FASTMOCO_G = "{d}-2048+b BN2048 R 2048-2048+b BN2048 R 2048-2048+b BN2048"
+
+# Method, options, g and h for features of {d} channels.
+PUBLISHED = [
+    ("simsiam", {}, SIMSIAM_G, SIMSIAM_H),
+    ("simsiam", {"projector_layers": 2, "projector_hidden": 2048}, "{d}-2048 BN2048 R 2048-2048 bn2048", SIMSIAM_H),
+    ("fastsiam", {}, SIMSIAM_G, SIMSIAM_H),
+    ("byol", {}, "{d}-4096+b BN4096 R 4096-256+b", "256-4096+b BN4096 R 4096-256+b"),
+    (  # in the official code of guided stop-gradient
+        "byol",
+        {
+            "dim": 2048,
+            "projector_layers": 3,
+            "projector_hidden": None,
+            "projector_bias": False,
+            "projector_norm": "fixed",
+            "predictor_hidden": 512,
+            "predictor_bias": "last",
+        },
+        SIMSIAM_G,
+        SIMSIAM_H,
+    ),
+    ("mocov3", {}, "{d}-4096 BN4096 R 4096-256 bn256", "256-4096 BN4096 R 4096-256"),
+    (
+        "mocov3",
+        {"projector_layers": 3, "predictor_norm": "fixed"},  # with ViTs
+        "{d}-4096 BN4096 R 4096-4096 BN4096 R 4096-256 bn256",
+        "256-4096 BN4096 R 4096-256 bn256",
+    ),
+    ("fastmoco", {}, FASTMOCO_G, "2048-512+b BN512 R 512-2048+b"),
+    ("nnclr", {}, "{d}-2048 BN2048 R 2048-2048 BN2048 R 2048-256 BN256", "256-4096 BN4096 R 4096-256+b"),
+    ("nnclr", {"projector_layers": 2}, "{d}-2048 BN2048 R 2048-256 BN256", "256-4096 BN4096 R 4096-256+b"),
+    ("mocov2", {}, "{d}-{d}+b R {d}-128+b", None),
+    ("mocov2", {"projector_hidden": 2048}, "{d}-2048+b R 2048-128+b", None),
+    ("swav", {}, "{d}-2048+b BN2048 R 2048-128+b", None),
+    ("swav", {"projector_hidden": 4096}, "{d}-4096+b BN4096 R 4096-128+b", None),
+    ("dino", {}, "{d}-2048+b BN2048 G 2048-2048+b BN2048 G 2048-256+b", None),
+    ("dino", {"projector_bn": False}, "{d}-2048+b G 2048-2048+b G 2048-256+b", None),
+]
+
+
+def method(name: str, width: int, **options: object) -> nn.Module:
+    return methods.load(name).Method(nn.Linear(4, width), width, methods.load(name).Config(**options))
+
+
+@pytest.mark.parametrize("width", [512, 2048])
+@pytest.mark.parametrize(("name", "options", "projector", "predictor"), PUBLISHED)
+def test_heads_are_the_published_ones(name: str, options: dict, projector: str, predictor: str, width: int) -> None:
+    with torch.device("meta"):  # shapes without numbers
+        made = method(name, width, **options)
+    assert described(made.projector) == layers(projector.format(d=width))
+    if predictor is None:
+        assert not hasattr(made, "predictor")
+    else:
+        assert described(made.predictor) == layers(predictor)
+    if hasattr(made, "target_projector"):
+        assert described(made.target_projector) == described(made.projector)
+        assert not hasattr(made, "target_predictor")
+
+
+def test_prototypes_and_queues_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        swav, dino, mocov2, nnclr = (method(name, 512) for name in ("swav", "dino", "mocov2", "nnclr"))
+        ours = method("swav", 512, queue_size=3840)
+    assert described([swav.prototypes]) == ["128-3000"] and not swav.queues
+    assert [queue.rows.shape for queue in ours.queues] == [(3840, 128)] * 2  # one for each large view
+    assert dino.prototypes.weight.shape == (65536, 256) and dino.center.shape == (65536,)
+    assert mocov2.queue.rows.shape == (65536, 128)
+    assert nnclr.queue.rows.shape == (98304, 256)
+
+
+def test_no_predictor_is_the_identity() -> None:
+    _, predictor = make_heads(8, Heads(dim=4, predictor=False))
+    assert isinstance(predictor, nn.Identity)
+
+
+@pytest.mark.parametrize("bias", ["none", "last", "all"])
+def test_options_of_heads(bias: str) -> None:
+    g, h = make_heads(8, Heads(dim=4, projector_layers=1, predictor_hidden=2, predictor_bias=bias))
+    assert described(g) == ["8-4", "bn4"]
+    first, last = {"none": ("", ""), "last": ("", "+b"), "all": ("+b", "+b")}[bias]
+    assert described(h) == ["4-2" + first, "BN2", "ReLU", "2-4" + last]
+    assert described(mlp([8, 4, 2], bias=True, last_bias=False, output_norm="affine")) == [
+        "8-4+b", "BN4", "ReLU", "4-2", "BN2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dim", "projector_layers", "projector_hidden", "predictor_hidden"])
+def test_widths_of_nothing_name_their_flag(name: str) -> None:
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0"):
+        Heads(**{name: 0}).validate_heads()
+    Heads(**{name: 1}).validate_heads()
+
+
+# ------------------------------------------------------------------ initialisation
+
+
+def norms(module: nn.Module) -> list[nn.BatchNorm1d]:
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm1d) and m.affine]
+
+
+def test_scales_of_batch_norm_start_at_one_or_as_fast_mocos() -> None:
+    """Uniform in (0, 1), in projector and predictor, and nowhere else."""
+    net = nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64))
+    small = {"dim": 512, "projector_hidden": 512}
+    for options, uniform in (({}, False), ({"norm_init": "uniform"}, True)):
+        made = methods.load("fastmoco").Method(net, 64, methods.load("fastmoco").Config(**small, **options))
+        assert len(norms(made.projector)) == 3 and len(norms(made.predictor)) == 1
+        for norm in (*norms(made.projector), *norms(made.predictor)):
+            assert (norm.bias == 0).all()
+            if uniform:
+                assert 0 <= norm.weight.min() < 0.05 and 0.95 < norm.weight.max() < 1
+                assert abs(norm.weight.mean() - 0.5) < 0.06  # 4.7 standard deviations of 512 draws
+            else:
+                assert (norm.weight == 1).all()
+        assert (net[1].weight == 1).all()
+
+
+def test_vits_initialisation() -> None:
+    head = mlp([64, 256, 256], bias=True)
+    init_like_vit(head)
+    for m in head:
+        if isinstance(m, nn.Linear):
+            assert abs(m.weight.std() - 0.02) < 0.001
+            assert (m.bias == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "vit"),
+    [("dino", {}, True), ("mocov2", {}, False), ("mocov2", {"projector_init": "vit"}, True), ("swav", {}, False)],
+)
+def test_which_heads_start_like_a_vit(name: str, options: dict, vit: bool) -> None:
+    small = {"dim": 16, "projector_hidden": 256}
+    small |= {"prototypes": 32} if name != "mocov2" else {"queue_size": 8}
+    made = method(name, 64, **small, **options)
+    first = next(m for m in made.projector if isinstance(m, nn.Linear))
+    std = 0.02 if vit else 1 / math.sqrt(3 * 64)  # torch: uniform up to 1 / sqrt(64)
+    assert abs(first.weight.std() / std - 1) < 0.05
+    assert bool((first.bias == 0).all()) == vit
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_dinos_last_layer_has_unit_rows(trainable: bool) -> None:
+    layer = WeightNormLinear(16, 32, trainable=trainable)
+    x = torch.randn(3, 5, 16)
+    rows = layer.weight / layer.weight.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer(x), x @ rows.T)
+    with torch.no_grad():
+        layer.weight.mul_(torch.rand(32, 1) + 0.5)  # their lengths do not count
+    torch.testing.assert_close(layer(x), x @ rows.T)
+    shapes = {n: tuple(p.shape) for n, p in layer.named_parameters()}
+    assert shapes == {"weight": (32, 16)} | ({"length": (32,)} if trainable else {})
+    if trainable:
+        with torch.no_grad():
+            layer.length.copy_(torch.arange(32.0))
+        torch.testing.assert_close(layer(x), x @ rows.T * torch.arange(32.0))
+
+
+def test_dinos_last_layer_is_torchs_weight_norm() -> None:
+    """Values and gradients of the length and of the direction."""
+    ours, theirs = WeightNormLinear(6, 4, trainable=True), nn.Linear(6, 4, bias=False)
+    theirs = nn.utils.parametrizations.weight_norm(theirs)
+    g, v = theirs.parametrizations.weight.original0, theirs.parametrizations.weight.original1
+    with torch.no_grad():
+        v.copy_(ours.weight)
+        g.copy_(torch.rand(4, 1) + 0.5)
+        ours.length.copy_(g[:, 0])
+    x, weigh = torch.randn(5, 6), torch.randn(5, 4)
+    for layer in (ours, theirs):
+        (layer(x) * weigh).sum().backward()
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.weight.grad, v.grad)
+    torch.testing.assert_close(ours.length.grad, g.grad[:, 0])
+
+
+def test_groups_of_parameters() -> None:
+    for fixed in (True, False):
+        made = method("byol", 8, dim=4, projector_hidden=8, predictor_hidden=4, fix_pred_lr=fixed)
+        made.backbone.bias.requires_grad_(False)
+        rest, predictor = made.param_groups()
+        assert (rest["fixed_lr"], predictor["fixed_lr"]) == (False, fixed)
+        assert {id(p) for p in predictor["params"]} == {id(p) for p in made.predictor.parameters()}
+        assert {id(p) for p in rest["params"]} == {id(made.backbone.weight), *map(id, made.projector.parameters())}
+    alone = method("simsiam", 8, dim=4, predictor=False)
+    assert head_groups(alone)[1]["params"] == []
+
+
+# ------------------------------------------------------------------ BatchNorm groups
+
+
+class Sizes(nn.Module):
+    """Remembers the batches that it sees and normalises them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return self.norm(x).square().mean((2, 3))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_each_view_has_its_own_statistics(grouped: bool) -> None:
+    """Views of one size in one pass, or one by one where BatchNorm knows no groups, as outside a run."""
+    net, head = Sizes(), nn.BatchNorm1d(3)
+    if grouped:
+        group_batch_norm(net), group_batch_norm(head)
+    views = [torch.randn(4, 3, s, s) * s for s in (8, 8, 4)]
+    found = each_view(head, encode(net, views))
+    assert [len(x) for x in net.seen] == ([8, 4] if grouped else [4, 4, 4])
+    expected = [nn.BatchNorm1d(3)(Sizes()(x)) for x in views]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [((8,), [1]), ((8, 8), [2]), ((8, 8, 4, 4, 4), [2, 3]), ((8, 4, 8), [1, 1, 1]), ((4, 4, 4), [3])],
+)
+def test_views_of_one_size_are_encoded_together(sizes: tuple, groups: list) -> None:
+    net, views = Sizes(), [torch.randn(4, 3, s, s) + i for i, s in enumerate(sizes)]
+    found = encode_together(net, views)
+    assert found.shape == (len(sizes), 4, 3)
+    assert [len(x) for x in net.seen] == [4 * n for n in groups]
+    rest = iter(views)
+    expected = [Sizes()(torch.cat([next(rest) for _ in range(n)])) for n in groups]
+    torch.testing.assert_close(found.flatten(0, 1), torch.cat(expected))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_split_batch_norm_is_one_per_part(splits: int, dims: int, affine: bool) -> None:
+    """Part i are the images i, i + splits, ...: values, gradients and the mean of what the parts would remember."""
+    make = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[dims]
+    plain = make(5, affine=affine, momentum=0.3)
+    if affine:
+        nn.init.normal_(plain.weight)
+        nn.init.normal_(plain.bias)
+    plain.running_mean.normal_()
+    plain.running_var.uniform_(0.5, 2)
+    parts = [make(5, affine=affine, momentum=0.3) for _ in range(splits)]
+    for part in parts:
+        part.load_state_dict(plain.state_dict())
+    split = split_batch_norm(nn.Sequential(plain), splits)
+    x = torch.randn(12, 5, *[3, 2][: 2 * (dims - 1)]) * torch.arange(1.0, 13).view(-1, 1, *[1] * (2 * dims - 2))
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = torch.empty_like(x)
+    for i, part in enumerate(parts):
+        expected[i::splits] = part(b[i::splits])
+    weigh = torch.randn_like(x)
+    found = split(a)
+    torch.testing.assert_close(found, expected)
+    (found * weigh).sum().backward()
+    (expected * weigh).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    if affine:
+        torch.testing.assert_close(split[0].weight.grad, sum(part.weight.grad for part in parts))
+        torch.testing.assert_close(split[0].bias.grad, sum(part.bias.grad for part in parts))
+    torch.testing.assert_close(split[0].running_mean, sum(part.running_mean for part in parts) / splits)
+    torch.testing.assert_close(split[0].running_var, sum(part.running_var for part in parts) / splits)
+    assert split[0].num_batches_tracked == 1
+    parts[0].load_state_dict(split[0].state_dict())  # the same names and shapes
+    torch.testing.assert_close(split.eval()(x), parts[0].eval()(x))
+
+
+def test_split_batch_norm_goes_everywhere_and_needs_equal_parts() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    net[1][1].weight.requires_grad_(False)
+    names = list(net.state_dict())
+    split = split_batch_norm(net, 4)
+    assert [m.splits for m in split.modules() if hasattr(m, "splits")] == [4, 4]
+    assert list(split.state_dict()) == names
+    assert not split[1][1].weight.requires_grad and split[1][1].bias.requires_grad
+    with pytest.raises(UserError, match=r"6 images does not split into --bn-splits 4 parts"):
+        mocov2.Config(bn_splits=4).check_batch(6)
+    assert split.eval()(torch.randn(6, 3, 2, 2)).shape == (6, 4, 2, 2)
+
+
+def test_what_is_more_than_a_batch_norm_is_not_split() -> None:
+    class AndMore(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(UserError, match=r"--bn-splits.*AndMore"):
+        split_batch_norm(nn.Sequential(nn.BatchNorm2d(3), AndMore(3)), 2)
+
+
+def test_shuffled_rows_come_back_to_their_places() -> None:
+    seen: list[Tensor] = []
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return x.flatten(1).sum(1, keepdim=True)
+
+    x = torch.randn(16, 3, 2, 2, requires_grad=True)
+    found = encode_shuffled(Look(), x)
+    torch.testing.assert_close(found, x.detach().flatten(1).sum(1, keepdim=True))
+    assert not found.requires_grad
+    encode_shuffled(Look(), x)
+    orders = [torch.cdist(s.flatten(1), x.detach().flatten(1)).argmin(1).tolist() for s in seen]
+    assert all(sorted(order) == list(range(16)) for order in orders)
+    assert list(range(16)) not in orders and orders[0] != orders[1]
+
+
+def test_shuffling_deals_images_out_to_other_parts() -> None:
+    net = split_batch_norm(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), 4)
+    x = torch.randn(16, 3, 2, 2) * torch.arange(1.0, 17).view(-1, 1, 1, 1)
+    once, again, plain = encode_shuffled(net, x), encode_shuffled(net, x), net(x)
+    assert not torch.allclose(once, plain) and not torch.allclose(once, again)
+
+
+def test_moco_shuffles_keys_that_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = methods.load("mocov2")
+    calls = []
+    monkeypatch.setattr(module, "encode_shuffled", lambda net, x: calls.append(1) or encode_shuffled(net, x))
+    for options, shuffles in (
+        ({"bn_splits": 2}, True),
+        ({"bn_splits": 2, "shuffle_bn": False}, False),
+        ({"bn_splits": 1}, False),  # one process, one batch: nothing to deal out
+    ):
+        net = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        made = module.Method(net, 3, module.Config(dim=4, queue_size=8, **options))
+        calls.clear()
+        made(Batch([torch.randn(6, 3, 4, 4) for _ in range(2)], None, torch.arange(6), torch.zeros(6)))
+        assert bool(calls) == shuffles
+        for part in (made.backbone, made.target_backbone):
+            assert getattr(part[0], "splits", 1) == options["bn_splits"]
+
+
+# ------------------------------------------------------------------ the queue (T10)
+
+
+@settings(deadline=None, max_examples=50)
+@given(size=st.integers(1, 7), pushes=st.lists(st.integers(0, 10), max_size=6))
+def test_queue_keeps_the_last_rows_first_in_first_out(size: int, pushes: list[int]) -> None:
+    """More rows than fit, too; from the next place on, the rows are those of a plain list, oldest first."""
+    queue = Queue(size, 2)
+    kept = queue.rows.clone()
+    for i, num in enumerate(pushes):
+        rows = torch.full((num, 2), float(i)) + torch.arange(num)[:, None] / 100
+        queue.push(rows)
+        kept = torch.cat([kept, rows])[-size:]
+        assert torch.equal(queue.rows.roll(-int(queue.next), 0), kept)
+
+
+def test_queue_wraps_around_in_place() -> None:
+    queue = Queue(5, 1)
+    storage, start = queue.rows.data_ptr(), queue.rows.flatten().tolist()
+    queue.push(torch.tensor([[10.0], [11.0], [12.0]]))
+    assert queue.rows.flatten().tolist() == [10, 11, 12, *start[3:]]
+    queue.push(torch.tensor([[13.0], [14.0], [15.0]]))
+    assert queue.rows.flatten().tolist() == [15, 11, 12, 13, 14]
+    assert queue.next == 1 and queue.rows.data_ptr() == storage
+
+
+def test_queue_starts_with_unit_vectors_and_detaches() -> None:
+    queue = Queue(2000, 3)
+    torch.testing.assert_close(queue.rows.norm(dim=1), torch.ones(2000))
+    assert queue.rows.mean(0).norm() < 0.06  # in no direction: 1 / sqrt(2000) is 0.022
+    rows = F.normalize(torch.randn(4, 3, requires_grad=True), dim=1)
+    queue.push(rows)
+    assert not queue.rows.requires_grad
+    queue.push(rows.bfloat16())
+    assert queue.rows.dtype == torch.float32 and not list(queue.parameters())
+
+
+def test_queue_goes_on_from_its_state() -> None:
+    queue, other = Queue(5, 2), Queue(5, 2)
+    queue.push(torch.randn(3, 2))
+    other.load_state_dict(queue.state_dict())
+    for rows in torch.randn(3, 4, 2):
+        queue.push(rows)
+        other.push(rows)
+        assert torch.equal(queue.rows, other.rows) and queue.next == other.next

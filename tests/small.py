@@ -1,0 +1,82 @@
+"""Every method, found by its name and made small enough for a step to take hundredths of a second.
+
+Nothing here names a method: options are set where the method has them, so that a new file in fastssl/methods is tested
+as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+from fastssl import methods
+from fastssl.config import schema as configs
+from fastssl.config.schema import Config
+from fastssl.training.build import make_views
+from loaders import Batch, ViewSpec
+
+OPTIONS = {
+    "dim": 32,
+    "projector_hidden": 32,
+    "predictor_hidden": 16,
+    "queue_size": 64,
+    "prototypes": 32,
+    "local_size": 32,
+}
+
+
+class TinyResNet(torchvision.models.ResNet):
+    """torchvision's ResNet with one block per stage and an eighth of the channels: images to 64 features."""
+
+    width = 64
+
+    def __init__(self):
+        super().__init__(BasicBlock, [1, 1, 1, 1])
+        self.fc = nn.Identity()
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        return super()._make_layer(block, planes // 8, blocks, stride, dilate)
+
+
+def has(config: Config, field: str) -> bool:
+    """Whether the method has this option."""
+    return field in {f.name for f in dataclasses.fields(config.method_options)}
+
+
+def config_of(name: str, *, size: int = 32, backbone: str = "resnet18", **options: object) -> Config:
+    """The configuration of method `name` with small heads and these `options`, all of which it must have."""
+    config = configs.typed_config(name)()
+    config.model.method, config.model.backbone = name, backbone
+    config.data.size, config.data.blur = size, 0.0
+    for field, value in (OPTIONS | options).items():
+        if has(config, field):
+            setattr(config.method_options, field, value)
+        elif field in options:
+            raise TypeError(f"{name} has no option {field}")
+    return config
+
+
+def method_of(config: Config) -> nn.Module:
+    """The method on a `TinyResNet`, with the same weights at every call."""
+    torch.manual_seed(1)
+    net = TinyResNet().to(memory_format=torch.channels_last)
+    return methods.load(config.model.method).Method(net, net.width, config.method_options)
+
+
+def batch_of(spec: ViewSpec, B: int = 8, seed: int = 0) -> Batch:
+    """Normally distributed views of the sizes that `spec` asks for, tiles left to the method."""
+    generator = torch.Generator().manual_seed(seed)
+    views = [torch.randn(B, 3, size, size, generator=generator) for size in spec.sizes]
+    views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+    return Batch(views, None, torch.arange(B), torch.zeros(B, dtype=torch.int64))
+
+
+def made(name: str, B: int = 8, **options: object) -> tuple[Config, nn.Module, Batch]:
+    """Configuration, method and a batch of what it asks for."""
+    config = config_of(name, **options)
+    config.method_options.validate()
+    return config, method_of(config), batch_of(make_views(config), B)
