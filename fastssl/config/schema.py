@@ -280,8 +280,7 @@ def validate(config: Config) -> None:
         not (run.resume and run.overwrite),
         "--resume and --overwrite exclude each other: continue the run, or replace it",
     )
-    if hasattr(config.method_options, "validate"):
-        config.method_options.validate()
+    config.method_options.validate()
 
 
 def sizes(config: Config) -> tuple[int, ...]:
