@@ -25,7 +25,7 @@ from fastssl.device import at_least_fp32
 from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import feature_std, info_nce_queue, pair_loss
 from fastssl.methods import base
-from fastssl.networks.batch_norm import split_batch_norm
+from fastssl.networks.batch_norm import group_batch_norm, need_batch_norm_groups
 from fastssl.networks.encode import encode, encode_shuffled, encode_together
 from fastssl.networks.heads import init_like_vit, mlp
 from fastssl.networks.momentum import Momentum, ema_update, momentum_copy
@@ -77,7 +77,10 @@ class Method(base.Method):
     """f, g, their momentum copies, the queue and the loss."""
 
     def __init__(self, backbone: nn.Module, width: int, config: Config):
-        super().__init__(split_batch_norm(backbone, config.bn_splits) if config.bn_splits > 1 else backbone, config.dim)
+        super().__init__(backbone, config.dim)
+        if config.bn_splits > 1:
+            need_batch_norm_groups(backbone, "--bn-splits")
+            group_batch_norm(backbone, splits=config.bn_splits)
         self.config = config
         self.projector = mlp([width, config.projector_hidden or width, config.dim], bias=True, norm=False)
         if config.projector_init == "vit":

@@ -27,7 +27,7 @@ from fastssl import methods
 from fastssl.config import schema as configs
 from fastssl.config.schema import Config
 from fastssl.networks.backbones import backbone
-from fastssl.networks.batch_norm import GroupedBatchNorm
+from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.progress import Progress
 from fastssl.training.build import make_method, make_views
 from fastssl.training.step import Step
@@ -168,9 +168,8 @@ def work(config: Config) -> Work:
         method.to_empty(device=cpu)
         method.to = lambda *_, **__: method  # is there already, and fake weights cannot be converted
         step = Step(config, method, cpu)
-        for m in step.method.modules():
-            if isinstance(m, GroupedBatchNorm):
-                m.joint, m.splits, m.images = True, 1, None  # groups move as many bytes as one, once they are fused
+        # Groups move as many bytes as one, once they are fused.
+        group_batch_norm(step.method, joint=True, splits=1, images=None)
         views = [torch.empty(num, size, size, 3).permute(0, 3, 1, 2).bfloat16() for size in spec.sizes]
         tiles = [divide(view, spec.divide) for view in views] if spec.divide > 1 else None
         batch = Batch(views, tiles, torch.arange(num), torch.zeros(num, dtype=torch.int64))

@@ -18,7 +18,7 @@ from fastssl.evaluate.features import centre_crops, extract, spread
 from fastssl.evaluate.recalibrate import recalibrated
 from fastssl.export import load_weights
 from fastssl.networks.backbones import backbone, check_size, feature_map
-from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm, split_batch_norm
+from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm
 from fastssl.train import main
 from fastssl.training import log as logs
 from loaders import UserError
@@ -172,14 +172,14 @@ def test_the_run_checks_every_size_that_the_network_sees() -> None:
     from fastssl.training.build import make_method
     from loaders.views import with_local
 
-    views = simsiam.views
+    views = simsiam.Config.views
     config = configs.with_method(configs.typed_config("fastsiam")(), "simsiam")
     config = configs.replace(config, backbone="vit-t16", size=64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simsiam, "views", lambda *a: with_local(views(*a), 2, 40, (0.05, 0.3)))
+        patch.setattr(simsiam.Config, "views", lambda *a: with_local(views(*a), 2, 40, (0.05, 0.3)))
         with pytest.raises(UserError, match=r"40 px.*small views.*such as 32 or 48"):
             make_method(config)
-        patch.setattr(simsiam, "views", lambda *a: with_local(views(*a), 2, 48, (0.05, 0.3)))
+        patch.setattr(simsiam.Config, "views", lambda *a: with_local(views(*a), 2, 48, (0.05, 0.3)))
         assert make_method(config).backbone.pos_embed.shape[1] == 1 + 4 * 4
 
 
@@ -366,5 +366,5 @@ def test_split_batch_norm_is_recalibrated_as_a_plain_one(beton: Path) -> None:
     net, _ = backbone("resnet18", size=32)
     options = {"size": 32, "device": torch.device("cpu"), "images": 45}
     plain = recalibrated(net, Reader(beton), **options).state_dict()
-    split = recalibrated(split_batch_norm(net, 4), Reader(beton), **options).state_dict()
+    split = recalibrated(group_batch_norm(net, splits=4), Reader(beton), **options).state_dict()
     assert all(torch.equal(plain[name], split[name]) for name in plain)

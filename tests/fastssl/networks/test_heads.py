@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastssl import methods
 from fastssl.methods import mocov2
-from fastssl.networks.batch_norm import group_batch_norm, split_batch_norm
+from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm, groups_of, need_batch_norm_groups
 from fastssl.networks.encode import each_view, encode, encode_shuffled, encode_together
 from fastssl.networks.heads import Heads, WeightNormLinear, head_groups, init_like_vit, make_heads, mlp
 from fastssl.networks.queue import Queue
@@ -286,7 +286,7 @@ def test_split_batch_norm_is_one_per_part(splits: int, dims: int, affine: bool) 
     parts = [make(5, affine=affine, momentum=0.3) for _ in range(splits)]
     for part in parts:
         part.load_state_dict(plain.state_dict())
-    split = split_batch_norm(nn.Sequential(plain), splits)
+    split = group_batch_norm(nn.Sequential(plain), splits=splits)
     x = torch.randn(12, 5, *[3, 2][: 2 * (dims - 1)]) * torch.arange(1.0, 13).view(-1, 1, *[1] * (2 * dims - 2))
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = torch.empty_like(x)
@@ -312,8 +312,8 @@ def test_split_batch_norm_goes_everywhere_and_needs_equal_parts() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     net[1][1].weight.requires_grad_(False)
     names = list(net.state_dict())
-    split = split_batch_norm(net, 4)
-    assert [m.splits for m in split.modules() if hasattr(m, "splits")] == [4, 4]
+    split = group_batch_norm(net, splits=4)
+    assert [m.groups.splits for m in split.modules() if isinstance(m, GroupedBatchNorm)] == [4, 4]
     assert list(split.state_dict()) == names
     assert not split[1][1].weight.requires_grad and split[1][1].bias.requires_grad
     with pytest.raises(UserError, match=r"6 images does not split into --bn-splits 4 parts"):
@@ -326,7 +326,7 @@ def test_what_is_more_than_a_batch_norm_is_not_split() -> None:
         pass
 
     with pytest.raises(UserError, match=r"--bn-splits.*AndMore"):
-        split_batch_norm(nn.Sequential(nn.BatchNorm2d(3), AndMore(3)), 2)
+        need_batch_norm_groups(nn.Sequential(nn.BatchNorm2d(3), AndMore(3)), "--bn-splits")
 
 
 def test_shuffled_rows_come_back_to_their_places() -> None:
@@ -348,7 +348,7 @@ def test_shuffled_rows_come_back_to_their_places() -> None:
 
 
 def test_shuffling_deals_images_out_to_other_parts() -> None:
-    net = split_batch_norm(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), 4)
+    net = group_batch_norm(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), splits=4)
     x = torch.randn(16, 3, 2, 2) * torch.arange(1.0, 17).view(-1, 1, 1, 1)
     once, again, plain = encode_shuffled(net, x), encode_shuffled(net, x), net(x)
     assert not torch.allclose(once, plain) and not torch.allclose(once, again)
@@ -361,7 +361,7 @@ def test_moco_shuffles_keys_that_are_split(monkeypatch: pytest.MonkeyPatch) -> N
     for options, shuffles in (
         ({"bn_splits": 2}, True),
         ({"bn_splits": 2, "shuffle_bn": False}, False),
-        ({"bn_splits": 1}, False),  # one process, one batch: nothing to deal out
+        ({"bn_splits": 1}, False),  # one process, one batch: nothing to shuffle
     ):
         net = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         made = module.Method(net, 3, module.Config(dim=4, queue_size=8, **options))
@@ -369,7 +369,7 @@ def test_moco_shuffles_keys_that_are_split(monkeypatch: pytest.MonkeyPatch) -> N
         made(Batch([torch.randn(6, 3, 4, 4) for _ in range(2)], None, torch.arange(6), torch.zeros(6)))
         assert bool(calls) == shuffles
         for part in (made.backbone, made.target_backbone):
-            assert getattr(part[0], "splits", 1) == options["bn_splits"]
+            assert groups_of(part).splits == options["bn_splits"]
 
 
 # ------------------------------------------------------------------ the queue (T10)
