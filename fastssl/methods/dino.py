@@ -66,8 +66,7 @@ class Config(MultiCrop, Momentum, base.MethodOptions):
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
-        self.validate_crops()
-        self.validate_momentum()
+        super().validate()
         at_least(self, 1, "dim", "projector_layers", "projector_hidden", "prototypes")
         above_zero(self, "student_temperature", "teacher_temperature", "teacher_warmup_temperature")
         share(self, "center_momentum")
@@ -101,7 +100,7 @@ class Method(base.Method):
             h_2BD = encode_together(self.target_backbone, batch.views[:2])
         return encode_together(self.backbone, batch.views), h_2BD
 
-    def loss(self, h_KBD: Tensor, h_2BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, h_KBD: Tensor, h_2BD: Tensor) -> tuple[Tensor, base.Metrics]:
         config, num_views = self.config, len(h_KBD)
         z_KBD = F.normalize(all_views(self.projector, h_KBD), dim=-1)
         s_KBP = self.prototypes(z_KBD)

@@ -60,8 +60,7 @@ class Config(MultiCrop, Momentum, base.MethodOptions):
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
-        self.validate_crops()
-        self.validate_momentum()
+        super().validate()
         at_least(self, 1, "queue_size", "bn_splits", "dim", "projector_hidden")
         above_zero(self, "temperature")
 
@@ -102,7 +101,7 @@ class Method(base.Method):
                 h_TBD = encode(self.target_backbone, views[:with_keys])
         return torch.cat(h), h_TBD
 
-    def loss(self, h_MBD: Tensor, h_TBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, h_MBD: Tensor, h_TBD: Tensor) -> tuple[Tensor, base.Metrics]:
         config, with_keys = self.config, len(h_TBD)
         q_MBD = self.projector(h_MBD)
         with torch.no_grad():

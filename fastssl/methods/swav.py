@@ -56,7 +56,7 @@ class Config(MultiCrop, base.MethodOptions):
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
-        self.validate_crops()
+        super().validate()
         above_zero(self, "temperature", "epsilon")
         at_least(self, 1, "dim", "projector_hidden", "prototypes", "sinkhorn_iterations")
         at_least(self, 0, "queue_size")
@@ -81,7 +81,7 @@ class Method(base.Method):
             self.queue_state = "serves" if full else "fills"
         return (encode_together(self.backbone, batch.views),)
 
-    def loss(self, h_KBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, h_KBD: Tensor) -> tuple[Tensor, base.Metrics]:
         config, num_views = self.config, len(h_KBD)
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))

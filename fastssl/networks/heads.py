@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loaders.checks import at_least
+from loaders.checks import Options, at_least
 
 OutputNorm = Literal["none", "fixed", "affine"]  # BatchNorm on a head's output: none, without or with scale and shift
 PredictorBias = Literal["none", "last", "all"]
@@ -46,7 +46,7 @@ def mlp(
 
 
 @dataclass(kw_only=True)
-class Heads:
+class Heads(Options):
     """Projector g and predictor h. The defaults are SimSiam's (section 3 and its code)."""
 
     dim: int = 2048
@@ -72,8 +72,9 @@ class Heads:
     fix_pred_lr: bool = False
     """Keep the predictor's learning rate at its initial value, without warm-up (SimSiam section 4.2)."""
 
-    def validate_heads(self) -> None:
+    def validate(self) -> None:
         """Raise UserError for widths that make no network."""
+        super().validate()
         at_least(self, 1, "dim", "projector_layers", "projector_hidden", "predictor_hidden")
 
 
@@ -105,15 +106,12 @@ def make_heads(width: int, heads: Heads) -> tuple[nn.Module, nn.Module]:
     return projector, predictor
 
 
-def head_groups(method: nn.Module) -> list[dict]:
-    """`param_groups()` of a method with `backbone`, `projector`, `predictor` and `Heads` options in `config`."""
-    predictor = list(method.predictor.parameters())
-    inside = {id(p) for p in predictor}
+def head_groups(method: nn.Module, predictor: nn.Module, fix_pred_lr: bool) -> list[dict[str, Any]]:
+    """`param_groups()` of a method whose predictor may keep its initial learning rate."""
+    apart = list(predictor.parameters())
+    inside = {id(p) for p in apart}
     rest = [p for p in method.parameters() if id(p) not in inside and p.requires_grad]
-    return [
-        {"params": rest, "fixed_lr": False},
-        {"params": predictor, "fixed_lr": method.config.fix_pred_lr},
-    ]
+    return [{"params": rest, "fixed_lr": False}, {"params": apart, "fixed_lr": fix_pred_lr}]
 
 
 # ------------------------------------------------------------------ BatchNorm groups

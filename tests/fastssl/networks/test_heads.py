@@ -131,8 +131,8 @@ def test_options_of_heads(bias: str) -> None:
 @pytest.mark.parametrize("name", ["dim", "projector_layers", "projector_hidden", "predictor_hidden"])
 def test_widths_of_nothing_name_their_flag(name: str) -> None:
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0"):
-        Heads(**{name: 0}).validate_heads()
-    Heads(**{name: 1}).validate_heads()
+        Heads(**{name: 0}).validate()
+    Heads(**{name: 1}).validate()
 
 
 # ------------------------------------------------------------------ initialisation
