@@ -21,7 +21,7 @@ from fastssl.losses.ops import feature_std, negative_cosine, pair_loss
 from fastssl.losses.pairs import PairConfig
 from fastssl.methods import base
 from fastssl.networks.encode import each_view, encode
-from fastssl.networks.heads import OutputNorm, PredictorBias, head_groups, make_heads
+from fastssl.networks.heads import Bias, OutputNorm, head_groups, make_heads
 from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
 from fastssl.progress import Progress
 from loaders import Batch
@@ -29,7 +29,7 @@ from loaders import Batch
 
 @dataclass(kw_only=True)
 class Config(PairConfig, Momentum, base.MethodOptions):
-    """Heads of BYOL (section 3.3: 4096 -> 256 in g and h, with biases, no BatchNorm on outputs)."""
+    """Heads of BYOL (section 3.3: 4096 -> 256 in g and h; in its code only hidden layers have biases)."""
 
     dim: int = 256
     """Output of projector and predictor, channels."""
@@ -37,13 +37,13 @@ class Config(PairConfig, Momentum, base.MethodOptions):
     """Linear layers of the projector."""
     projector_hidden: int | None = 4096
     """Hidden layer of the projector, channels. None: as wide as the backbone's features."""
-    projector_bias: bool = True
-    """Biases in the projector's Linear layers."""
+    projector_bias: Bias = "hidden"
+    """Which Linear layers of the projector have biases."""
     projector_norm: OutputNorm = "none"
     """BatchNorm on the projector's output: none, fixed (no scale and shift), affine."""
     predictor_hidden: int = 4096
     """Hidden layer of the predictor, channels."""
-    predictor_bias: PredictorBias = "all"
+    predictor_bias: Bias = "hidden"
     """Which Linear layers of the predictor have biases."""
     ema_schedule: Schedule = "cosine"
     """constant, or cosine: rising to 1 over the run (section 3.3)."""

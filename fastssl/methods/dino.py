@@ -24,7 +24,7 @@ from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import cross_entropy, feature_std, pair_loss
 from fastssl.methods import base
 from fastssl.networks.encode import all_views, encode_together
-from fastssl.networks.heads import WeightNormLinear, init_like_vit, mlp
+from fastssl.networks.heads import WeightNormLinear, init_linear, mlp
 from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
 from fastssl.progress import Progress
 from loaders import Batch
@@ -47,6 +47,9 @@ class Config(MultiCrop, Momentum, base.MethodOptions):
     """P: outputs (4096 for SSLight's convolutional networks)."""
     train_last_norm: bool = False
     """Train the length of the last layer's rows (on in SSLight's ViTs); off is more stable."""
+    decay_last_norm: bool = False
+    """Let weight decay reach that length under --no-decay 1d, too, as in DINO's and SSLight's code, where it has two
+    axes."""
     student_temperature: float = 0.1
     """T_s."""
     teacher_temperature: float = 0.04
@@ -81,9 +84,11 @@ class Method(base.Method):
         super().__init__(backbone, config.dim)
         self.config = config
         hidden = [config.projector_hidden] * (config.projector_layers - 1)
-        self.projector = mlp([width, *hidden, config.dim], bias=True, norm=config.projector_bn, activation=nn.GELU)
-        init_like_vit(self.projector)
-        self.prototypes = WeightNormLinear(config.dim, config.prototypes, trainable=config.train_last_norm)
+        self.projector = mlp([width, *hidden, config.dim], bias="all", norm=config.projector_bn, activation=nn.GELU)
+        init_linear(self.projector, 0.02, truncated=True)
+        self.prototypes = WeightNormLinear(
+            config.dim, config.prototypes, trainable=config.train_last_norm, decays=config.decay_last_norm
+        )
         self.target_backbone = momentum_copy(self.backbone, config.target_init)
         self.target_projector = momentum_copy(self.projector, config.target_init)
         self.target_prototypes = momentum_copy(self.prototypes, config.target_init)

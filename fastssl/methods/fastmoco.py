@@ -22,7 +22,7 @@ from fastssl.losses.pairs import PairConfig
 from fastssl.losses.patches import Variant
 from fastssl.methods import base
 from fastssl.networks.encode import each_view, encode
-from fastssl.networks.heads import OutputNorm, PredictorBias, head_groups, make_heads
+from fastssl.networks.heads import Bias, OutputNorm, head_groups, make_heads
 from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
 from fastssl.progress import Progress
 from loaders import Batch
@@ -39,13 +39,13 @@ class Config(PairConfig, Momentum, base.MethodOptions):
     """Linear layers of the projector."""
     projector_hidden: int | None = 2048
     """Hidden layers of the projector, channels, for every backbone. None: as wide as the backbone's features."""
-    projector_bias: bool = True
-    """Biases in the projector's Linear layers."""
+    projector_bias: Bias = "all"
+    """Which Linear layers of the projector have biases."""
     projector_norm: OutputNorm = "affine"
     """BatchNorm on the projector's output: none, fixed (no scale and shift), affine."""
     predictor_hidden: int = 512
     """Hidden layer of the predictor, channels."""
-    predictor_bias: PredictorBias = "all"
+    predictor_bias: Bias = "all"
     """Which Linear layers of the predictor have biases."""
     fix_pred_lr: bool = True
     """Keep the predictor's learning rate at its initial value, without warm-up (Fast-MoCo's code, not its paper)."""

@@ -27,7 +27,7 @@ from fastssl.losses.ops import feature_std, info_nce_queue, pair_loss
 from fastssl.methods import base
 from fastssl.networks.batch_norm import group_batch_norm, need_batch_norm_groups
 from fastssl.networks.encode import encode, encode_shuffled, encode_together
-from fastssl.networks.heads import init_like_vit, mlp
+from fastssl.networks.heads import init_linear, mlp
 from fastssl.networks.momentum import Momentum, ema_update, momentum_copy
 from fastssl.networks.queue import Queue
 from fastssl.progress import Progress
@@ -81,9 +81,9 @@ class Method(base.Method):
             need_batch_norm_groups(backbone, "--bn-splits")
             group_batch_norm(backbone, splits=config.bn_splits)
         self.config = config
-        self.projector = mlp([width, config.projector_hidden or width, config.dim], bias=True, norm=False)
+        self.projector = mlp([width, config.projector_hidden or width, config.dim], bias="all", norm=False)
         if config.projector_init == "vit":
-            init_like_vit(self.projector)
+            init_linear(self.projector, 0.02, truncated=True)
         self.target_backbone = momentum_copy(self.backbone, config.target_init)
         self.target_projector = momentum_copy(self.projector, config.target_init)
         self.queue = Queue(config.queue_size, config.dim)

@@ -22,7 +22,7 @@ from fastssl.losses.ops import feature_std, info_nce, pair_loss
 from fastssl.losses.pairs import PairConfig
 from fastssl.methods import base
 from fastssl.networks.encode import each_view, encode
-from fastssl.networks.heads import OutputNorm, PredictorBias, head_groups, make_heads
+from fastssl.networks.heads import Bias, OutputNorm, head_groups, make_heads
 from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
 from fastssl.progress import Progress
 from loaders import Batch
@@ -39,13 +39,13 @@ class Config(PairConfig, Momentum, base.MethodOptions):
     """Linear layers of the projector."""
     projector_hidden: int | None = 4096
     """Hidden layer of the projector, channels. None: as wide as the backbone's features."""
-    projector_bias: bool = False
-    """Biases in the projector's Linear layers."""
+    projector_bias: Bias = "none"
+    """Which Linear layers of the projector have biases."""
     projector_norm: OutputNorm = "fixed"
     """BatchNorm on the projector's output: none, fixed (no scale and shift), affine."""
     predictor_hidden: int = 4096
     """Hidden layer of the predictor, channels."""
-    predictor_bias: PredictorBias = "none"
+    predictor_bias: Bias = "none"
     """Which Linear layers of the predictor have biases."""
     ema_schedule: Schedule = "cosine"
     """constant, or cosine: rising to 1 over the run."""

@@ -455,7 +455,7 @@ def test_t2_fast_moco_of_one_tile_is_moco_v3_less_its_factor(temperature: float)
     assert_same(one, baseline, rtol=1e-6)
     heads = {
         "projector_layers": 3,
-        "projector_bias": True,
+        "projector_bias": "all",
         "projector_norm": "affine",
         "predictor_bias": "all",
     }
