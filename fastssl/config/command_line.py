@@ -31,7 +31,8 @@ def default_folder(config: Config) -> Path:
 def parse(argv: list[str]) -> Config:
     """The configuration that a command line asks for: preset (the method's first one, the run to resume), then flags.
 
-    Raises UserError for unknown names; tyro ends the program with status 2 for flags that do not exist.
+    Raises UserError for unknown names and for flags that the configuration does not read; tyro ends the program with
+    status 2 for flags that do not exist.
     """
     preset = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if preset else argv
@@ -70,6 +71,7 @@ def parse(argv: list[str]) -> Config:
     )
     if saved is not None:
         _check_resumable(saved, config)
+    configs.refuse_unread(config, base)
     return config
 
 
@@ -93,6 +95,3 @@ def _check_resumable(saved: Config, config: Config) -> None:
                     f"--resume cannot change {name} from {before[group].get(name)} to {value}: leave the flag "
                     "out, or start a new run in another folder"
                 )
-
-
-# ------------------------------------------------------------------ --list

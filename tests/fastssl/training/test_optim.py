@@ -395,7 +395,7 @@ def test_a_parameter_without_gradient_stays(optimizer: str) -> None:
         ({"optimizer": "lamb"}, "--optimizer lamb: one of sgd, lars, adamw, adam"),
         ({"no_decay": "bias"}, "--no-decay bias: one of"),
         ({"schedule": "linear"}, "--schedule linear: one of epoch, step, constant"),
-        ({"lr": 0.0}, "--lr 0.0: must be positive"),
+        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
         ({"lr_batch_size": -1}, "--lr-batch-size -1"),
         ({"momentum": 1.0}, "--momentum 1.0"),
         ({"weight_decay": -0.1}, "--weight-decay -0.1"),
