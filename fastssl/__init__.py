@@ -13,9 +13,8 @@ def _check_loaders() -> None:
     origin = found.origin if found is not None else None
     if origin is not None and Path(origin).resolve() == own:
         return
-    message = (
-        f"fastssl needs its package {own.parent}, but Python finds {origin or 'none'}: rename that, or start elsewhere"
-    )
+    finds = f"{origin}: rename that, or start elsewhere" if origin else "none: install fastssl again"
+    message = f"fastssl needs its package {own.parent}, but Python finds {finds}"
     if sys.argv[:1] == ["-m"]:  # the module to run is not known yet, and a traceback says less
         print(f"fastssl: error: {message}", file=sys.stderr)
         sys.exit(2)

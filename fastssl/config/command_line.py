@@ -59,9 +59,9 @@ def parse(argv: list[str]) -> Config:
     config = tyro.cli(
         configs.typed_config(base.model.method),
         prog="fastssl-train",
-        usage="fastssl-train [PRESET] --data TRAIN.beton [--val VAL.beton] [OPTIONS]",
-        description="Pre-train an image backbone without labels on one GPU (or a CPU). PRESET is a named recipe "
-        "(fastssl-train --list [WORD] shows them); options change single values of it. --method M without PRESET "
+        description="Pre-train an image backbone without labels on one GPU (or a CPU): fastssl-train [PRESET] --data "
+        "TRAIN.beton [--val VAL.beton] [OPTIONS]. PRESET is a named recipe (fastssl-train --list [WORD] shows them); "
+        "options change single values of it. --method M without PRESET "
         "starts from M's first recipe in that list (optimiser, augmentation, heads, epochs) at 32 images per step, to "
         "which its rate is scaled; without either it is FastSiam. Options of the method itself are those of --method "
         f"(here: {base.model.method}).",

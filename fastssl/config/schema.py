@@ -7,6 +7,7 @@ declared as such (`READ_IF`, fastssl/conditions.py) and refused with the others.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -347,10 +348,11 @@ def size_at(config: Config, epoch: int) -> int:
 
 def replace(config: Config, **changes: Any) -> Config:
     """A copy with leaf fields changed by name, wherever they are (`replace(c, epochs=5, dim=512)`)."""
-    groups = {name: dataclasses.replace(group) for name, group in config.groups.items()}
-    config = dataclasses.replace(config, **groups)
+    config = copy.copy(config)
+    for name, group in config.groups.items():
+        setattr(config, name, copy.copy(group))
     for name, value in changes.items():
-        for part in (*groups.values(), config):
+        for part in (*config.groups.values(), config):
             if name in vars(part):
                 setattr(part, name, value)
                 break

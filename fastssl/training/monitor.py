@@ -30,7 +30,7 @@ class Monitor:
     ):
         self.run, self.reader, self.val_reader = config.run, reader, val_reader
         self.crops = {"size": config.data.size, "device": device, "amp_dtype": amp_dtype}
-        self.settings = knn.Config(k=(self.run.knn_k,), temperature=self.run.knn_temperature, vote="weighted")
+        self.settings = knn.Knn(k=(self.run.knn_k,), temperature=self.run.knn_temperature, vote="weighted")
         self.best: float | None = None
         self.last: float | None = None
 
