@@ -40,9 +40,9 @@ class Preset:
 
 def preset(
     name: str,
-    *shared: Mapping[str, Any],
     source: str,
-    result: str = "none published",
+    result: str,
+    *shared: Mapping[str, Any],
     rows: Mapping[str, str] | None = None,
     notes: str = "",
     **values: Any,

@@ -285,10 +285,7 @@ def typed_config(method: str) -> type[Config]:
     """`Config` whose `method_options` have the type that `methods/METHOD.py` gives them, with its help text."""
     options = methods.load(method).Config
     made = dataclasses.make_dataclass(
-        "Config",
-        [("method_options", options, field(default_factory=options))],
-        bases=(Config,),
-        kw_only=True,
+        "Config", [("method_options", options, field(default_factory=options))], bases=(Config,), kw_only=True
     )
     made.__doc__ = Config.__doc__
     return made
@@ -305,8 +302,7 @@ def validate(config: Config) -> None:
         group.validate()
     sizes, epochs = config.data.size_schedule, config.optim.epochs
     need(
-        len(sizes) <= epochs,
-        f"--size-schedule has {len(sizes)} sizes for {epochs} epochs: an epoch for each at least",
+        len(sizes) <= epochs, f"--size-schedule has {len(sizes)} sizes for {epochs} epochs: an epoch for each at least"
     )
 
 

@@ -117,9 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         name, *flags = arguments
         kind = evaluate.load(name)
         made: type[Any] = dataclasses.make_dataclass(
-            "Arguments",
-            [("common", Common), ("options", kind, dataclasses.field(default_factory=kind))],
-            kw_only=True,
+            "Arguments", [("common", Common), ("options", kind, dataclasses.field(default_factory=kind))], kw_only=True
         )
         parsed = tyro.cli(
             made,

@@ -11,6 +11,8 @@ from fastssl.config.recipe import preset
 PRESETS = (
     preset(
         "dino-imagenet-100ep",
+        "DINO, code (ResNet-50)",
+        "none published",
         CNN_CROPS,
         recipe="byol",
         num_local=8,
@@ -25,7 +27,6 @@ PRESETS = (
         warmup_epochs=10.0,
         clip_norm=3.0,
         sync_bn=True,
-        source="DINO, code (ResNet-50)",
         notes="Rate, warm-up, clipping and what decays are lightly's. Ours, after the code's defaults: 64 images per "
         "GPU, 8 small crops, the last rate, BatchNorm synchronised, residual branches not started at zero.",
     ),

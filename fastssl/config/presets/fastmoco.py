@@ -24,9 +24,9 @@ FASTMOCO = {
 PRESETS = (
     preset(
         "fastmoco-imagenet-100ep",
+        "Fast-MoCo 3.2, code",
+        "linear 73.5 %",
         FASTMOCO,
-        source="Fast-MoCo 3.2, code",
-        result="linear 73.5 %",
         rows={
             "--patches off": "linear 70.3 % (its MoCo v3)",
             "--patches encode": "linear 68.9 %",
@@ -51,6 +51,6 @@ PRESETS = (
         "weights of their own, the heads' BatchNorms from scales in (0, 1): --target-init independent --norm-init "
         "uniform.",
     ),
-    preset("fastmoco-imagenet-200ep", FASTMOCO, source="Fast-MoCo 3.2, code", result="linear 75.1 %"),
-    preset("fastmoco-imagenet-400ep", FASTMOCO, source="Fast-MoCo 3.2, code", result="linear 75.5 %"),
+    preset("fastmoco-imagenet-200ep", "Fast-MoCo 3.2, code", "linear 75.1 %", FASTMOCO),
+    preset("fastmoco-imagenet-400ep", "Fast-MoCo 3.2, code", "linear 75.5 %", FASTMOCO),
 )

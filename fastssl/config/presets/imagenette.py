@@ -23,22 +23,17 @@ _CROPS = {"num_local": 6, "local_size": 32}
 
 def _short(name: str, knn: str, *shared: Mapping[str, Any], **values: Any) -> Preset:
     result = f"kNN {knn} % (random initialisation: 30.8 %)"
-    return preset(name, _SHORT, *shared, source="ours, benchmarks/records", result=result, **values)
+    return preset(name, "ours, benchmarks/records", result, _SHORT, *shared, **values)
 
 
 PRESETS = (
     preset(
         "fastsiam-imagenette-12ep",
+        "ours, benchmarks/records",
+        "kNN 51.3 % (random initialisation: 30.8 %)",
         _IMAGENETTE,
-        source="ours, benchmarks/records",
-        result="kNN 51.3 % (random initialisation: 30.8 %)",
     ),
-    preset(
-        "simsiam-imagenette-24ep",
-        _IMAGENETTE,
-        source="ours, benchmarks/records",
-        result="kNN 50.6 %, with as many view passes",
-    ),
+    preset("simsiam-imagenette-24ep", "ours, benchmarks/records", "kNN 50.6 %, with as many view passes", _IMAGENETTE),
     _short("simsiam-imagenette-4ep", "37.6"),
     _short("fastsiam-imagenette-2ep", "35.7"),
     _short("byol-imagenette-4ep", "34.6", _EMA, lr=0.06),

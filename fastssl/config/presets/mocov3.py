@@ -12,15 +12,7 @@ _MOCOV3 = LARGE_BATCH | {"recipe": "mocov3"}
 _SOURCE = "MoCo v3, code (ResNet-50)"
 
 PRESETS = (
-    preset("mocov3-imagenet-100ep", _MOCOV3, lr=0.6, ema=0.99, source=_SOURCE, result="linear 68.9 %"),
-    preset("mocov3-imagenet-300ep", _MOCOV3, lr=0.3, ema=0.99, source=_SOURCE, result="linear 72.8 %"),
-    preset(
-        "mocov3-imagenet-1000ep",
-        _MOCOV3,
-        lr=0.3,
-        ema=0.996,
-        weight_decay=1.5e-6,
-        source=_SOURCE,
-        result="linear 74.6 %",
-    ),
+    preset("mocov3-imagenet-100ep", _SOURCE, "linear 68.9 %", _MOCOV3, lr=0.6, ema=0.99),
+    preset("mocov3-imagenet-300ep", _SOURCE, "linear 72.8 %", _MOCOV3, lr=0.3, ema=0.99),
+    preset("mocov3-imagenet-1000ep", _SOURCE, "linear 74.6 %", _MOCOV3, lr=0.3, ema=0.996, weight_decay=1.5e-6),
 )

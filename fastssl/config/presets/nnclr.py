@@ -11,11 +11,11 @@ from fastssl.config.recipe import preset
 PRESETS = (
     preset(
         "nnclr-imagenet-100ep",
+        "NNCLR 4.1",
+        "linear 69.4 %",
         LARGE_BATCH,
         recipe="byol",
         lr=0.3,
-        source="NNCLR 4.1",
-        result="linear 69.4 %",
         notes="Ours: BYOL's augmentation, no decay of biases and norms, residual branches start at zero, BatchNorm is "
         "synchronised.",
     ),

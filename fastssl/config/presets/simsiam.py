@@ -13,13 +13,13 @@ _SIMSIAM = SIMSIAM_LR | {"recipe": "imagenet", "batch_size": 256, "sync_bn": Tru
 PRESETS = (
     preset(
         "simsiam-imagenet-100ep",
+        "SimSiam 3, code",
+        "linear 68.3 %",
         _SIMSIAM,
-        source="SimSiam 3, code",
-        result="linear 68.3 %",
         rows={"--batch-size 512": "linear 68.1 %"},
     ),
     *(
-        preset(f"simsiam-imagenet-{epochs}ep", _SIMSIAM, source="SimSiam, table 4", result=f"linear {linear} %")
+        preset(f"simsiam-imagenet-{epochs}ep", "SimSiam, table 4", f"linear {linear} %", _SIMSIAM)
         for epochs, linear in ((200, "70.0"), (400, "70.8"), (800, "71.3"))
     ),
 )

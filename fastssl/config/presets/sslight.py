@@ -28,12 +28,7 @@ _CNN = {
     "warmup_epochs": 10.0,
     "sync_bn": True,
 }
-_DINO_CNN = _CNN | {
-    "recipe": "byol",
-    "prototypes": 4096,
-    "teacher_temperature": 0.07,
-    "teacher_warmup_epochs": 50,
-}
+_DINO_CNN = _CNN | {"recipe": "byol", "prototypes": 4096, "teacher_temperature": 0.07, "teacher_warmup_epochs": 50}
 _DINO_VIT = {
     "recipe": "byol",
     "batch_size": 1024,
@@ -67,21 +62,21 @@ def _rows(
     return (
         preset(
             f"{method}-multicrop-{short}-imagenet-200ep",
+            "SSLight, its baseline",
+            f"linear {linear[0]} %",
             recipe,
             crops,
             backbone=backbone,
-            source="SSLight, its baseline",
-            result=f"linear {linear[0]} %",
             notes=ours + "Re-balanced weights alone: --alpha 0.4.",
         ),
         preset(
             f"{method}-sslight-{short}-imagenet-200ep",
+            "SSLight, code",
+            f"linear {linear[1]} %",
             recipe,
             crops,
             _REBALANCED,
             backbone=backbone,
-            source="SSLight, code",
-            result=f"linear {linear[1]} %",
             notes=ours + "Beside the weights of pairs the crops' scales change, and the small ones' side: 128 px for "
             "96.",
         ),

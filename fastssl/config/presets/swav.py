@@ -31,14 +31,7 @@ _BATCH_4096 = {
 _OURS = "Crops are cut bicubic, in SwAV's code bilinear. Ours: synchronised BatchNorm."
 
 PRESETS = tuple(
-    preset(
-        f"swav-{variant}imagenet-{epochs}ep",
-        _SWAV,
-        batch,
-        source="SwAV, code",
-        result=f"linear {linear} %",
-        notes=_OURS,
-    )
+    preset(f"swav-{variant}imagenet-{epochs}ep", "SwAV, code", f"linear {linear} %", _SWAV, batch, notes=_OURS)
     for variant, batch, epochs, linear in (
         ("bs256-", _BATCH_256, 200, "72.7"),
         ("bs256-", _BATCH_256, 400, "74.3"),

@@ -83,10 +83,7 @@ def test_an_option_is_refused_unless_its_condition_holds(method: str, option: st
         ("swav-imagenet-100ep --schedule constant", "--schedule constant has none"),
         ("--no-fixed-points", "--no-fixed-points is not read here: it needs --guided other than off"),
         ("--guided guided --guided-views 4", "fastsiam's views serve in both roles"),
-        (
-            "--method mocov2 --local-scale 0.1 0.2",
-            "--local-scale 0.1 0.2 is not read here: it needs --num-local",
-        ),
+        ("--method mocov2 --local-scale 0.1 0.2", "--local-scale 0.1 0.2 is not read here: it needs --num-local"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(command: str, message: str, capsys: pytest.CaptureFixture) -> None:
