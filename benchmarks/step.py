@@ -264,7 +264,7 @@ class PartTimer:
         method.backbone = _Timed(method.backbone, self)
         method.register_forward_pre_hook(lambda *_: self.stamp("forward"))
         method.register_forward_hook(lambda *_: self.stamp("backward"))
-        rest = getattr(method, "after_backward", lambda _progress: None)
+        rest = method.after_backward
 
         def after_backward(progress: Progress) -> None:
             self.stamp("optimiser")

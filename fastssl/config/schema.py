@@ -21,6 +21,7 @@ import yaml
 
 from fastssl import methods
 from fastssl.conditions import Condition, above, conditions, given, one_of, starts_with
+from fastssl.methods.base import MethodOptions
 from loaders.checks import Options, above_zero, at_least, flag, need, share
 from loaders.errors import UserError
 
@@ -259,13 +260,13 @@ class Config:
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    method_options: Options = field(default_factory=Options)
+    method_options: MethodOptions = field(default_factory=MethodOptions)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)
     preset: tyro.conf.Suppress[str] = ""
 
     def __post_init__(self) -> None:
-        if type(self.method_options) is Options:  # not given
+        if type(self.method_options) is MethodOptions:  # not given
             self.method_options = methods.load(self.model.method).Config()
 
     @property

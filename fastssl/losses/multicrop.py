@@ -30,15 +30,14 @@ class MultiCrop:
 
     READ_IF = dict.fromkeys(("local_size", "local_scale", "alpha"), above("num_local", 0))
 
+    def views(self, recipe: Recipe) -> ViewSpec:
+        """Two large views, and L small ones."""
+        return with_local(recipe(2), self.num_local, self.local_size, self.local_scale)
+
     def validate_crops(self) -> None:
         """Raise UserError for values that make no sense."""
         at_least(self, 0, "num_local")
         share(self, "alpha")
-
-
-def multicrop_views(config: MultiCrop, recipe: Recipe) -> ViewSpec:
-    """Two large views, and L small ones."""
-    return with_local(recipe(2), config.num_local, config.local_size, config.local_scale)
 
 
 def rebalanced_weights(num_views: int, num_targets: int, alpha: float | None) -> list[list[float]]:

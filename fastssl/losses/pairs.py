@@ -26,6 +26,10 @@ class PairConfig(Heads, Patches, Guided):
         """Views per image that make targets."""
         return self.num_guided_views
 
+    def views(self, recipe: Recipe) -> ViewSpec:
+        """Two views, four for the official form of guided stop-gradient, and what the patches need."""
+        return patch_views(recipe(self.num_target_views), self)
+
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         self.validate_heads()
@@ -35,11 +39,6 @@ class PairConfig(Heads, Patches, Guided):
                 f"--guided {self.guided} chooses which view predicts: it needs predictions made from the target views "
                 "(--patches off, divide-encode-combine or divide-combine-encode, no --extra-crops, --target-view other)"
             )
-
-
-def pair_views(config: PairConfig, recipe: Recipe) -> ViewSpec:
-    """Two views, four for the official form of guided stop-gradient, and what the patches need."""
-    return patch_views(recipe(config.num_target_views), config)
 
 
 def pair_weights(owner_M: Sequence[Owner], z_TBD: Tensor, config: PairConfig) -> Weights:

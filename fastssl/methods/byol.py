@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.losses.ops import feature_std, negative_cosine, pair_loss
-from fastssl.losses.pairs import PairConfig, pair_views, pair_weights
+from fastssl.losses.pairs import PairConfig, pair_weights
 from fastssl.losses.patches import Features, online_features, predictions
-from fastssl.methods import simsiam
+from fastssl.methods import base, simsiam
 from fastssl.networks.encode import each_view, encode
 from fastssl.networks.heads import OutputNorm, PredictorBias
 from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
@@ -28,7 +28,7 @@ from loaders import Batch
 
 
 @dataclass(kw_only=True)
-class Config(PairConfig, Momentum):
+class Config(PairConfig, Momentum, base.MethodOptions):
     """Heads of BYOL (section 3.3: 4096 -> 256 in g and h, with biases, no BatchNorm on outputs)."""
 
     dim: int = 256
@@ -54,9 +54,6 @@ class Config(PairConfig, Momentum):
         """Raise UserError for values that make no sense."""
         super().validate()
         self.validate_momentum()
-
-
-views = pair_views
 
 
 class Method(simsiam.Method):

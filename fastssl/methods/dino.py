@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from fastssl import processes
 from fastssl.conditions import above, unlike
 from fastssl.device import at_least_fp32
-from fastssl.losses.multicrop import MultiCrop, multicrop_views, rebalanced_weights
+from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import cross_entropy, feature_std, pair_loss
+from fastssl.methods import base
 from fastssl.networks.encode import all_views, encode_together
 from fastssl.networks.heads import WeightNormLinear, init_like_vit, mlp
 from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
@@ -32,7 +33,7 @@ from loaders.checks import above_zero, at_least, share
 
 
 @dataclass(kw_only=True)
-class Config(MultiCrop, Momentum):
+class Config(MultiCrop, Momentum, base.MethodOptions):
     """Head, temperatures and centre (section 3.1, appendix C and the code)."""
 
     dim: int = 256
@@ -79,18 +80,14 @@ class Config(MultiCrop, Momentum):
         share(self, "center_momentum")
 
 
-views = multicrop_views
-
-
-class Method(nn.Module):
+class Method(base.Method):
     """Student and teacher, the centre and the loss."""
 
     separable = True  # the centre is of the steps before
 
     def __init__(self, backbone: nn.Module, width: int, config: Config):
-        super().__init__()
+        super().__init__(backbone, config.dim)
         self.config = config
-        self.backbone = backbone
         hidden = [config.projector_hidden] * (config.projector_layers - 1)
         self.projector = mlp([width, *hidden, config.dim], bias=True, norm=config.projector_bn, activation=nn.GELU)
         init_like_vit(self.projector)
@@ -104,9 +101,6 @@ class Method(nn.Module):
         self.register_buffer("num_parts", torch.zeros(()), persistent=False)
         # A tensor, so that a compiled loss serves all temperatures.
         self.register_buffer("teacher_temperature", torch.tensor(teacher_temperature(config, 0)), persistent=False)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(*self.features(batch))
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The student's features of all views, the teacher's of the large ones."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastssl.losses.pairs import pair_views
 from fastssl.losses.patches import Variant
 from fastssl.methods import mocov3
 from fastssl.networks.heads import OutputNorm, PredictorBias
@@ -46,5 +45,4 @@ class Config(mocov3.Config):
     """What predicts; see `Patches`."""
 
 
-views = pair_views
 Method = mocov3.Method

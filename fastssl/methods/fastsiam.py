@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fastssl.losses.guided import guide_mean, spread
 from fastssl.losses.ops import feature_std, mean_of_others, negative_cosine, own, pair_loss
-from fastssl.losses.pairs import pair_views
 from fastssl.losses.patches import Features, predictions
 from fastssl.methods import simsiam
 from loaders import UserError
@@ -50,9 +49,6 @@ class Config(simsiam.Config):
             raise UserError(f"--guided-views {self.guided_views}: fastsiam's views serve in both roles, leave it at 2")
         if self.target_view == "same":
             raise UserError("--target-view same: the target of fastsiam is the mean of the other views")
-
-
-views = pair_views
 
 
 class Method(simsiam.Method):

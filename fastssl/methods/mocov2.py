@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from fastssl import processes
 from fastssl.device import at_least_fp32
-from fastssl.losses.multicrop import MultiCrop, multicrop_views, rebalanced_weights
+from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import feature_std, info_nce_queue, pair_loss
+from fastssl.methods import base
 from fastssl.networks.batch_norm import split_batch_norm
 from fastssl.networks.encode import encode, encode_shuffled, encode_together
 from fastssl.networks.heads import init_like_vit, mlp
@@ -35,7 +36,7 @@ from loaders.checks import above_zero, at_least
 
 
 @dataclass(kw_only=True)
-class Config(MultiCrop, Momentum):
+class Config(MultiCrop, Momentum, base.MethodOptions):
     """Head, queue and keys (MoCo v2 section 3, MoCo section 3.3)."""
 
     dim: int = 128
@@ -72,25 +73,18 @@ class Config(MultiCrop, Momentum):
             )
 
 
-views = multicrop_views
-
-
-class Method(nn.Module):
+class Method(base.Method):
     """f, g, their momentum copies, the queue and the loss."""
 
     def __init__(self, backbone: nn.Module, width: int, config: Config):
-        super().__init__()
+        super().__init__(split_batch_norm(backbone, config.bn_splits) if config.bn_splits > 1 else backbone, config.dim)
         self.config = config
-        self.backbone = split_batch_norm(backbone, config.bn_splits) if config.bn_splits > 1 else backbone
         self.projector = mlp([width, config.projector_hidden or width, config.dim], bias=True, norm=False)
         if config.projector_init == "vit":
             init_like_vit(self.projector)
         self.target_backbone = momentum_copy(self.backbone, config.target_init)
         self.target_projector = momentum_copy(self.projector, config.target_init)
         self.queue = Queue(config.queue_size, config.dim)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(*self.features(batch))
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """f of the views that give queries, and the momentum copy's features of those that give keys."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastssl import processes
 from fastssl.losses.ops import feature_std, info_nce, pair_loss
-from fastssl.losses.pairs import pair_views, pair_weights
+from fastssl.losses.pairs import pair_weights
 from fastssl.losses.patches import Features, predictions
 from fastssl.methods import byol
 from fastssl.networks.heads import OutputNorm, PredictorBias
@@ -43,9 +43,6 @@ class Config(byol.Config):
         """Raise UserError for values that make no sense."""
         super().validate()
         above_zero(self, "temperature")
-
-
-views = pair_views
 
 
 class Method(byol.Method):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastssl import processes
 from fastssl.device import at_least_fp32
 from fastssl.losses.ops import feature_std, info_nce, pair_loss
-from fastssl.losses.pairs import pair_views, pair_weights
+from fastssl.losses.pairs import pair_weights
 from fastssl.losses.patches import Features, predictions
 from fastssl.methods import simsiam
 from fastssl.networks.heads import OutputNorm
@@ -52,9 +52,6 @@ class Config(simsiam.Config):
         super().validate()
         above_zero(self, "temperature")
         at_least(self, 1, "queue_size")
-
-
-views = pair_views
 
 
 class Method(simsiam.Method):

@@ -16,40 +16,34 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.losses.ops import feature_std, negative_cosine, pair_loss
-from fastssl.losses.pairs import PairConfig, pair_views, pair_weights
+from fastssl.losses.pairs import PairConfig, pair_weights
 from fastssl.losses.patches import Features, online_features, predictions
+from fastssl.methods import base
 from fastssl.networks.encode import each_view, encode
 from fastssl.networks.heads import head_groups, make_heads
 from loaders import Batch
 
 
 @dataclass(kw_only=True)
-class Config(PairConfig):
+class Config(PairConfig, base.MethodOptions):
     """Heads of SimSiam (section 3; on CIFAR, appendix D, two layers of 2048 project)."""
 
     fix_pred_lr: bool = True
     """Keep the predictor's learning rate at its initial value (section 4.2; `--fix-pred-lr` of the official code)."""
 
 
-views = pair_views
-
-
-class Method(nn.Module):
+class Method(base.Method):
     """f, g, h and the loss."""
 
     def __init__(self, backbone: nn.Module, width: int, config: Config):
-        super().__init__()
+        super().__init__(backbone, config.dim)
         self.config = config
-        self.backbone = backbone
         self.projector, self.predictor = make_heads(width, config)
 
     @property
     def separable(self) -> bool:
         """Whether the loss is a mean over images that see each other in BatchNorm only."""
         return self.config.guided == "off" and self.config.patches != "montage"
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(*self.features(batch))
 
     def features(self, batch: Batch) -> tuple[list[Features], Tensor | None]:
         """f of what predicts; and f of the whole views, if predictions are made from parts of them."""

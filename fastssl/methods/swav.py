@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from fastssl import processes
 from fastssl.conditions import above
 from fastssl.device import at_least_fp32
-from fastssl.losses.multicrop import MultiCrop, multicrop_views, rebalanced_weights
+from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import cross_entropy, feature_std, pair_loss, sinkhorn
+from fastssl.methods import base
 from fastssl.networks.encode import all_views, encode_together
 from fastssl.networks.heads import mlp
 from fastssl.networks.queue import Queue
@@ -32,7 +33,7 @@ from loaders.checks import above_zero, at_least
 
 
 @dataclass(kw_only=True)
-class Config(MultiCrop):
+class Config(MultiCrop, base.MethodOptions):
     """Head, prototypes and codes (section 4 and appendix A)."""
 
     dim: int = 128
@@ -64,24 +65,17 @@ class Config(MultiCrop):
         at_least(self, 0, "queue_size")
 
 
-views = multicrop_views
-
-
-class Method(nn.Module):
+class Method(base.Method):
     """f, g, the prototypes, the queues of both large views, and the loss."""
 
     def __init__(self, backbone: nn.Module, width: int, config: Config):
-        super().__init__()
+        super().__init__(backbone, config.dim)
         self.config = config
-        self.backbone = backbone
         self.projector = mlp([width, config.projector_hidden, config.dim], bias=True)
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
         self.queues = nn.ModuleList(Queue(config.queue_size, config.dim) for _ in range(2 if config.queue_size else 0))
         self.steps_filling = -1  # steps since the queues began to fill; before that, negative
         self.queue_state: Literal["waits", "fills", "serves"] = "waits"
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(*self.features(batch))
 
     def features(self, batch: Batch) -> tuple[Tensor]:
         """f of all views."""

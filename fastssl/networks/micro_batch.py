@@ -9,7 +9,7 @@ Setup", 2021). Exact for every loss, for one more forward pass of what is traine
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,8 @@ class MicroBatches:
             yield joined([g[start : start + self.images] for g in groups])
 
 
-def use_micro_batches(method: nn.Module, images: int) -> MicroBatches:
-    """Let the networks of `method` that see images see `images` at a time, and all its BatchNorms groups of as many.
+def use_micro_batches(method: nn.Module, networks: Iterable[nn.Module], images: int) -> MicroBatches:
+    """Let `networks` of `method` see `images` images at a time, and all its BatchNorms normalise groups of as many.
 
     Raises UserError for a network whose BatchNorm cannot be told to.
     """
@@ -68,9 +68,8 @@ def use_micro_batches(method: nn.Module, images: int) -> MicroBatches:
         if isinstance(m, GroupedBatchNorm):
             m.images = images
     micro = MicroBatches(images)
-    for name in ("backbone", "target_backbone"):
-        if hasattr(method, name):
-            getattr(method, name).micro_batches = micro
+    for net in networks:
+        net.micro_batches = micro
     return micro
 
 

@@ -33,7 +33,7 @@ def make_views(config: Config, size: int | None = None) -> ViewSpec:
             changes["blur_p"] = data.blur
         return dataclasses.replace(spec, views=tuple(dataclasses.replace(v, **changes) for v in spec.views))
 
-    return methods.load(config.model.method).views(config.method_options, recipe)
+    return config.method_options.views(recipe)
 
 
 def make_method(config: Config) -> nn.Module:
@@ -49,8 +49,7 @@ def make_method(config: Config) -> nn.Module:
     sizes = {size // divide for spec in specs for size in spec.sizes for divide in (1, spec.divide)}
     for size in sizes - {config.data.size}:
         check_size(model.backbone, net, size, "this method's small views or tiles")
-    if hasattr(config.method_options, "check_network"):
-        config.method_options.check_network(net, config.data.size)
+    config.method_options.check_network(net, config.data.size)
     if config.run.recalibrate_bn and not has_batch_norm(net):
         raise UserError(f"--recalibrate-bn: {model.backbone} has no BatchNorm, leave it out")
     if model.activation_checkpointing:

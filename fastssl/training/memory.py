@@ -220,7 +220,7 @@ def largest_micro_batch(step: Step, batch: Batch, progress: Progress) -> int | N
 
 def _used(step: Step, batch: Batch, progress: Progress, images: int) -> float:
     """Bytes that a step in micro-batches of `images` takes; infinite if there are not so many."""
-    step.micro = use_micro_batches(step.method, images)
+    step.micro = use_micro_batches(step.method, step.method.image_networks(), images)
     try:
         return measured_step(step, batch, progress)[1].total
     except RuntimeError as error:

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.config.schema import Optim
+from fastssl.methods.base import Method
 from loaders.errors import UserError
 
 
@@ -61,7 +62,7 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))
 
 
-def make_optimizer(method: nn.Module, optim: Optim, base_lr: float) -> torch.optim.Optimizer:
+def make_optimizer(method: Method, optim: Optim, base_lr: float) -> torch.optim.Optimizer:
     """The optimiser over the method's parameter groups, each split by what decays and what LARS adapts.
 
     Groups keep their `fixed_lr` mark and get `decay: bool`, which says whether `set_weight_decay` reaches them.
@@ -95,11 +96,9 @@ def make_optimizer(method: nn.Module, optim: Optim, base_lr: float) -> torch.opt
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.optimizer](groups, fused=True, **common)
 
 
-def _groups(method: nn.Module) -> list[dict[str, Any]]:
-    """The method's groups, or one of all it has, without what is not trained."""
-    default = [{"params": list(method.parameters()), "fixed_lr": False}]
-    groups = method.param_groups() if hasattr(method, "param_groups") else default
-    groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+def _groups(method: Method) -> list[dict[str, Any]]:
+    """The method's groups without what is not trained."""
+    groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in method.param_groups()]
     covered = sorted(id(p) for g in groups for p in g["params"])
     if covered != sorted(id(p) for p in method.parameters() if p.requires_grad):
         raise ValueError("param_groups() of the method must hold every trainable parameter exactly once")

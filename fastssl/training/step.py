@@ -10,12 +10,13 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import processes
 from fastssl.config.schema import Config
 from fastssl.device import pick_precision
+from fastssl.methods.base import Method
 from fastssl.networks.micro_batch import MicroBatches, slices, use_micro_batches
 from fastssl.processes import World
 from fastssl.progress import Progress
@@ -27,7 +28,7 @@ from loaders.errors import UserError
 class Step:
     """What a step is made with: method, optimiser, loss scaling. `step(batch, progress)` takes one."""
 
-    def __init__(self, config: Config, method: nn.Module, device: torch.device, world: World | None = None):
+    def __init__(self, config: Config, method: Method, device: torch.device, world: World | None = None):
         self.config, self.device, self.world = config, device, world or World()
         self.method, self.precision = method, pick_precision(config.run.precision, device)
         self.micro = self._micro_batches()
@@ -51,24 +52,24 @@ class Step:
             return None
         if num % images:
             raise UserError(f"--micro-batch {images} does not divide the {num} images of a process: use a divisor")
-        return use_micro_batches(self.method, images)
+        return use_micro_batches(self.method, self.method.image_networks(), images)
 
     def __call__(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Train on a batch. Returns the loss and the method's metrics, without gradient, still on the device."""
         if self.config.run.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # what the graphs returned in the last step may be overwritten
         self._set_schedules(progress)
-        self._hook("before_step", progress)
+        self.method.before_step(progress)
         loss, metrics = self._forward_backward(batch)
         clip_norm = self.config.optim.clip_norm
         if clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.method.parameters(), clip_norm)  # does not wait for the device
-        self._hook("after_backward", progress)
+        self.method.after_backward(progress)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._hook("after_step", progress)
+        self.method.after_step(progress)
         return loss, metrics
 
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -77,7 +78,7 @@ class Step:
             return self._backward(batch)
         # In between, processes do not talk: gradients are added up first.
         with self.forward.no_sync() if self.world.size > 1 else contextlib.nullcontext():
-            if getattr(self.method, "separable", False):
+            if self.method.separable:
                 share = self.micro.images / len(batch.index)
                 parts = [self._backward(part, share) for part in slices(batch, self.micro.images)]
                 loss = share * sum(loss for loss, _ in parts)
@@ -106,12 +107,6 @@ class Step:
         if optim.weight_decay_end is not None:
             set_weight_decay(self.optimizer, weight_decay_at(optim, step, per_epoch))
 
-    def _hook(self, name: str, progress: Progress) -> None:
-        """Call the method's `before_step`, `after_backward` or `after_step`, if it has it."""
-        hook = getattr(self.method, name, None)
-        if hook is not None:
-            hook(progress)
-
     def state_dict(self) -> dict[str, Any]:
         """Weights, buffers, optimiser and loss scale."""
         return {
@@ -127,14 +122,12 @@ class Step:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def compile_method(method: nn.Module, mode: str | None = None, **options: Any) -> None:
+def compile_method(method: Method, mode: str | None = None, **options: Any) -> None:
     """Compile the networks that see images, and all that comes after them as one graph (`method.loss`): combinations,
-    heads, targets, distances. A method without `loss` has its parts compiled. Names in the state dict stay."""
+    heads, targets, distances. Names in the state dict stay."""
     # One graph for every size of image: code for any size would be slower.
     options = {"mode": mode, "dynamic": False} | options
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    if hasattr(method, "loss"):
-        method.loss = torch.compile(method.loss, **options)
-    for name, part in method.named_children():
-        if not hasattr(method, "loss") or name in ("backbone", "target_backbone"):
-            part.compile(**options)
+    method.loss = torch.compile(method.loss, **options)
+    for net in method.image_networks():
+        net.compile(**options)

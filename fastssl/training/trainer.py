@@ -59,8 +59,7 @@ class Trainer:
                 f"--batch-size {config.data.batch_size} does not divide among {self.world.size} processes: "
                 f"use a multiple of {self.world.size}"
             )
-        if hasattr(config.method_options, "check_batch"):
-            config.method_options.check_batch(config.data.batch_size // self.world.size)
+        config.method_options.check_batch(config.data.batch_size // self.world.size)
         # Everything that can be wrong with the input is found before anything is written.
         self.reader = open_data(config.data.data)
         self.val_reader = open_data(config.data.val) if config.data.val else None
@@ -287,7 +286,7 @@ class Trainer:
     @property
     def healthy_std(self) -> float:
         """1/sqrt(d): the feature std of outputs spread evenly over the sphere (SimSiam section 4.1)."""
-        return 1 / math.sqrt(getattr(self.config.method_options, "dim", 2048))
+        return self.method.healthy_std
 
     def _mark(self) -> None:
         """Begin a new interval of measuring speed."""

@@ -83,20 +83,15 @@ def losses(method: str, options: dict[str, Any]) -> list[float]:
         progress = Progress(step, STEPS, 2)
         torch.manual_seed(1 + step)
         views = [torch.randn(IMAGES, 3, size, size) for size in spec.sizes]
-        call(net, "before_step", progress)
+        net.before_step(progress)
         loss, _ = net(Batch(views, None, torch.arange(IMAGES), torch.zeros(IMAGES, dtype=torch.int64)))
         optimizer.zero_grad()
         loss.backward()
-        call(net, "after_backward", progress)
+        net.after_backward(progress)
         optimizer.step()
-        call(net, "after_step", progress)
+        net.after_step(progress)
         found.append(loss.item())
     return found
-
-
-def call(net: nn.Module, hook: str, progress: Progress) -> None:
-    if hasattr(net, hook):
-        getattr(net, hook)(progress)
 
 
 def recorded() -> dict[str, list[float]]:

@@ -22,7 +22,7 @@ from fastssl.losses.guided import (
     guided_weights_4,
     spread,
 )
-from fastssl.losses.multicrop import MultiCrop, multicrop_views, rebalanced_weights
+from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from loaders import UserError, views
 
 CPU = torch.device("cpu")
@@ -250,12 +250,12 @@ def test_ends_of_alpha_drop_pairs_entirely() -> None:
 
 def test_small_views_come_after_the_large_ones() -> None:
     spec = views.byol(224)
-    found = multicrop_views(MultiCrop(num_local=6, local_size=128, local_scale=(0.05, 0.3)), lambda _: spec)
+    found = MultiCrop(num_local=6, local_size=128, local_scale=(0.05, 0.3)).views(lambda _: spec)
     assert found.views[:2] == spec.views
     assert found.sizes == (224, 224) + (128,) * 6
     assert {v.scale for v in found.views[2:]} == {(0.05, 0.3)}
     assert {v.blur_p for v in found.views[2:]} == {0.5} and {v.solarize_p for v in found.views[2:]} == {0.0}
-    assert multicrop_views(MultiCrop(), lambda _: spec) == spec
+    assert MultiCrop().views(lambda _: spec) == spec
 
 
 @pytest.mark.parametrize(

@@ -396,7 +396,7 @@ def test_views_that_do_not_divide_are_refused(variant: str, n: int, size: int, f
 def test_drawn_crops_are_for_two_views(variant: str) -> None:
     with pytest.raises(UserError, match=f"--patches {variant} is for methods with two views"):
         fastsiam.Config(num_views=4, patches=variant).validate()
-    spec = fastsiam.views(fastsiam.Config(num_views=2, patches=variant), lambda K: RECIPES["imagenet"](K, 64))
+    spec = fastsiam.Config(num_views=2, patches=variant).views(lambda K: RECIPES["imagenet"](K, 64))
     assert len(spec.views) == 2 + Patches(patches=variant).num_drawn
 
 

@@ -158,4 +158,4 @@ def test_a_batch_norm_that_does_more_goes_view_by_view() -> None:
     with pytest.raises(UserError, match="--micro-batch"):
         from fastssl.networks.micro_batch import use_micro_batches
 
-        use_micro_batches(nn.Sequential(AndMore(C)), 2)
+        use_micro_batches(nn.Sequential(AndMore(C)), [], 2)

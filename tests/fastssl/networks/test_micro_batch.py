@@ -55,14 +55,13 @@ def steps(name: str, options: dict[str, object], micro: bool) -> tuple[list, nn.
         if isinstance(m, GroupedBatchNorm):
             m.images = PART
     seen = []
-    hooked, grads = step._hook, []
+    hooked, grads = method.after_backward, []
 
-    def hook(which: str, progress: Progress) -> None:
-        if which == "after_backward":
-            grads.append({n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None})
-        hooked(which, progress)
+    def hook(progress: Progress) -> None:
+        grads.append({n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None})
+        hooked(progress)
 
-    step._hook = hook
+    method.after_backward = hook
     for i in range(STEPS):
         torch.manual_seed(i)  # guided stop-gradient draws partners
         views = [(v.roll(i, 0) + i * v.roll(1, 3)).double() for v in batch.views]

@@ -72,14 +72,14 @@ def some_steps(name: str, options: dict[str, object]) -> list[dict]:
         progress = Progress(step, STEPS, 1)
         # Other images at every step.
         views = [(view.roll(step, 0) + step * view.roll(1, 3))[share] for view in batch.views]
-        call_hook(method, "before_step", progress)
+        method.before_step(progress)
         loss, _ = forward(Batch(views, None, batch.index[share], batch.label[share]))
         optimizer.zero_grad()
         loss.backward()
-        call_hook(method, "after_backward", progress)
+        method.after_backward(progress)
         grads = {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
         optimizer.step()
-        call_hook(method, "after_step", progress)
+        method.after_step(progress)
         state = {n: t.clone() for n, t in method.state_dict().items()}
         seen.append({"loss": loss.detach(), "grads": grads, "state": state})
     return seen
@@ -109,14 +109,13 @@ def trained_steps(name: str, mode: str) -> list[dict]:
         if isinstance(m, GroupedBatchNorm) and alone:
             m.images = {"groups": own, "sync": None, "micro": own // 2}[mode]
     share = slice(processes.rank() * IMAGES // processes.size(), (processes.rank() + 1) * IMAGES // processes.size())
-    seen, hook = [], step._hook
+    seen, hook = [], method.after_backward
 
-    def look(which: str, progress: Progress) -> None:
-        if which == "after_backward":
-            seen.append({"grads": {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}})
-        hook(which, progress)
+    def look(progress: Progress) -> None:
+        seen.append({"grads": {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}})
+        hook(progress)
 
-    step._hook = look
+    method.after_backward = look
     for i in range(STEPS):
         views = [(v.roll(i, 0) + i * v.roll(1, 3))[share].double() for v in batch.views]
         loss, _ = step(Batch(views, None, batch.index[share], batch.label[share]), Progress(i, STEPS, 1))
@@ -134,11 +133,6 @@ def smooth(module: nn.Module) -> None:
             setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
         else:
             smooth(child)
-
-
-def call_hook(method: nn.Module, name: str, progress: Progress) -> None:
-    if hasattr(method, name):
-        getattr(method, name)(progress)
 
 
 def process(rank: int, folder: Path) -> None:
