@@ -54,7 +54,7 @@ class Config:
 
 
 def command(config: Config, name: str) -> list[str]:
-    """The row's command line, less the program."""
+    """Arguments of fastssl-train for a row."""
     paths = ["--data", config.data, "--val", config.val, "--out", str(config.out / name)]
     return [name, *paths, *shlex.split(COMMON)]
 

@@ -19,7 +19,7 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Condition:
-    """What has to hold for an option to be read."""
+    """Requirement for an option to be read."""
 
     options: tuple[str, ...]
     """Names of the options that decide it."""
@@ -29,34 +29,34 @@ class Condition:
 
 
 def one_of(option: str, *values: object) -> Condition:
-    """`option` has one of these values."""
+    """Condition that `option` has one of these values."""
     return Condition((option,), lambda v: v[option] in values, f"{flag(option)} {' or '.join(map(str, values))}")
 
 
 def other_than(option: str, value: object) -> Condition:
-    """`option` has any value but this one."""
+    """Condition that `option` has any value but this one."""
     return Condition((option,), lambda v: v[option] != value, f"{flag(option)} other than {value}")
 
 
 def given(option: str) -> Condition:
-    """`option` is on, or has a value."""
+    """Condition that `option` is on, or has a value."""
     return Condition((option,), lambda v: bool(v[option]), flag(option))
 
 
 def above(option: str, limit: float) -> Condition:
-    """`option` is greater than `limit`."""
+    """Condition that `option` is greater than `limit`."""
     return Condition((option,), lambda v: v[option] > limit, f"{flag(option)} above {limit}")
 
 
 def starts_with(option: str, *prefixes: str) -> Condition:
-    """`option` is a name that begins with one of these."""
+    """Condition that `option` is a name that begins with one of these."""
     return Condition(
         (option,), lambda v: v[option].startswith(prefixes), f"{flag(option)} {' or '.join(p + '*' for p in prefixes)}"
     )
 
 
 def unlike(option: str, other: str) -> Condition:
-    """Two options differ."""
+    """Condition that two options differ."""
     return Condition((option, other), lambda v: v[option] != v[other], f"{flag(option)} other than {flag(other)}")
 
 

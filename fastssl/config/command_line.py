@@ -1,4 +1,4 @@
-"""From the command line of fastssl-train to a configuration: preset or resumed run first, then flags over it."""
+"""Parsing of the command line of fastssl-train: a preset or a resumed run first, then flags over it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def default_folder(config: Config) -> Path:
 
 
 def parse(argv: list[str]) -> Config:
-    """The configuration that a command line asks for: preset (the method's first one, the run to resume), then flags.
+    """The configuration that a command line describes: preset (the method's first one, the run to resume), then flags.
 
     Raises UserError for unknown names and for flags that the configuration does not read; tyro ends the program with
     status 2 for flags that do not exist.

@@ -1,4 +1,4 @@
-"""Named recipes: what a run changes in the defaults, whose recipe it is and which result its source reports."""
+"""Named recipes: values that differ from the defaults, their source and its result."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ DATASETS = {"imagenet": 1_281_167, "imagenette": 9_469, "cifar10": 50_000}
 
 @dataclass(frozen=True)
 class Preset:
-    """One recipe."""
+    """A named recipe: its values, its source and the result published there."""
 
     name: str
     method: str
     values: Mapping[str, Any]
-    """Leaf fields of the configuration in which it differs from the defaults of the run and of its method."""
+    """Options that differ from the defaults of the run and of the method, by name."""
     source: str
-    """Paper and section, or whose it is."""
+    """Paper and section, or the author of the recipe."""
     result: str
-    """What the source reports: top-1 on ImageNet or CIFAR-10 unless it says otherwise."""
+    """Result in the source: top-1 on ImageNet or CIFAR-10 unless it says otherwise."""
     num_images: int
     """Images of the training set."""
     rows: Mapping[str, str] = field(default_factory=dict)
     """Other rows of the source's tables: options that make them, and their results."""
     notes: str = ""
-    """What is ours, and what differs from the source."""
+    """Choices of our own, and differences from the source."""
 
     def make(self) -> Config:
-        """The configuration."""
+        """The configuration that the recipe describes."""
         config = configs.typed_config(self.method)(model=Model(method=self.method), preset=self.name)
         return configs.replace(config, **self.values)
 
@@ -47,8 +47,8 @@ def preset(
     notes: str = "",
     **values: Any,
 ) -> Preset:
-    """The preset METHOD[-VARIANT]-DATASET-EPOCHSep. Method, data set and epochs are in its name; its fields are those
-    of `shared` and `values`, of which later ones win."""
+    """The preset METHOD[-VARIANT]-DATASET-EPOCHSep: method, data set and epochs are read from the name, other options
+    from `shared` and `values`, of which later ones win."""
     method, *_, dataset, epochs = name.split("-")
     merged: dict[str, Any] = {"epochs": int(epochs.removesuffix("ep"))}
     for part in (*shared, values):

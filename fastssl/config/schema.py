@@ -1,8 +1,8 @@
 """The typed configuration of a run. Every field is a command-line flag; `fastssl-train --help` is made from this file.
 
-A run's configuration is `Config` plus the options of its method (`method_options`, the `Config` of methods/NAME.py), so
-that a flag which the method does not read does not exist. Flags that only some values of other flags make sense of are
-declared as such (`READ_IF`, fastssl/conditions.py) and refused with the others.
+A run's configuration has five groups of options. Those of the method are the option class of methods/NAME.py, so that a
+flag which the method does not read does not exist. Flags that are read only beside certain values of other flags are
+declared as such (`READ_IF`, fastssl/conditions.py) and refused beside others.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Data(Options):
     batch_size: int = 32
     """Images per step, over all processes (each image is seen in all its views)."""
     backend: str = "auto"
-    """What decodes: auto (the fastest here, by measurement), cpu (libjpeg-turbo in threads), dali (on the GPU), ffcv,
+    """Decoder: auto (the fastest here, by measurement), cpu (libjpeg-turbo in threads), dali (on the GPU), ffcv,
     resident (everything decoded beforehand, in memory), or synthetic (no pixels, to measure the network alone)."""
     order: Literal["random", "page"] = "random"
     """random: one permutation of all images. page: the file's pages in random order, images shuffled within
@@ -149,15 +149,15 @@ class Optim(Options):
     """Weight decay at the end: a cosine from --weight-decay to it, changed at every step (DINO with a ViT: .04 to .4).
     None: constant."""
     no_decay: Literal["none", "1d", "1d+depthwise"] = "none"
-    """What does not decay. none: everything does (SimSiam); 1d: not biases, norms and other parameters of one
-    dimension, which lars does not adapt either (MoCo v3, DINO); 1d+depthwise: nor weights of depth-wise convolutions,
-    which lars does adapt (SSLight)."""
+    """Parameters without weight decay. none: no parameter (SimSiam); 1d: biases, norms and others of one dimension,
+    which lars does not adapt either (MoCo v3, DINO); 1d+depthwise: also the weights of depth-wise convolutions, which
+    lars does adapt (SSLight)."""
     trust_coefficient: float = 0.001
     """lars: at rate 1 a layer's weights move by this share of their own norm (eta)."""
     warmup_epochs: float = 0.0
     """Linear warm-up, epochs; its last step is at the full rate (SimSiam needs none)."""
     warmup_start: float = 0.0
-    """Where warm-up begins, share of the rate (Fast-MoCo: .25, SwAV: .0625)."""
+    """Rate at the start of warm-up, share of the full rate (Fast-MoCo: .25, SwAV: .0625)."""
     schedule: Literal["epoch", "step", "constant"] = "epoch"
     """Cosine decay to --min-lr, changed once per epoch (SimSiam's code) or at every step (better for few epochs); or
     constant after warm-up (GSG on CIFAR)."""
@@ -196,13 +196,13 @@ class Run(Options):
     out: Path | None = None
     """Run folder. None: runs/NAME, NAME from the preset (or the method) and the data file."""
     seed: int = 0
-    """Weights, order and views follow from it: same seed, same run."""
+    """Seed of weights, order and views: same seed, same run."""
     resume: bool = False
     """Continue the run in --out where it stopped, in mid-epoch if need be, with the configuration that is there."""
     overwrite: bool = False
     """Throw away the run that --out holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if there is one."""
+    """Device of the training. auto: cuda if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Number format of the network's products and activations; reductions and losses are in fp32 always. auto: bf16
     where the device has it, fp16 with loss scaling on Turing GPUs, fp32 elsewhere."""
@@ -216,7 +216,7 @@ class Run(Options):
     """Train nothing: measure the parts of this run for some seconds and say what it will cost (hours, memory, disk),
     here and on other cards."""
     fit: float | None = None
-    """Hours that the run may take: --plan, and which epochs, views and sizes meet them."""
+    """Hours that the run may take: do as --plan does, and list epochs, views and sizes that meet them."""
     max_steps: int | None = None
     """Stop after this many steps in all (the learning rate still follows --epochs). None: run to the end."""
     log_every: int = 10
@@ -228,13 +228,13 @@ class Run(Options):
     knn_k: int = 20
     """Neighbours that vote in the monitor."""
     knn_temperature: float = 0.07
-    """Votes weigh exp(cosine / T) (Wu et al. 2018)."""
+    """T of the votes in the monitor, which weigh exp(cosine / T) (Wu et al. 2018)."""
     knn_bank: int = 50_000
     """Training images in the monitor's bank, at most."""
     recalibrate_bn: int = 0
-    """Training images from which BatchNorm's statistics are recomputed, cropped and sized as for evaluation, for the
-    monitor and for a second file of weights at the end, beside those of training, which are of random crops or tiles
-    (10000 is plenty). 0: do not."""
+    """Training images, cropped and sized as for evaluation, from which BatchNorm's statistics are computed anew: those
+    of training are of random crops or tiles. For the monitor, and for a second file of weights at the end (10000 is
+    plenty). 0: do not."""
 
     READ_IF = dict.fromkeys(("knn_every", "knn_k", "knn_temperature", "knn_bank"), given("val"))
 
@@ -271,7 +271,7 @@ class Config:
 
     @property
     def groups(self) -> dict[str, Options]:
-        """Its parts, by name."""
+        """The groups of options, by name."""
         return {
             "data": self.data,
             "model": self.model,
@@ -344,7 +344,7 @@ def size_at(config: Config, epoch: int) -> int:
 
 
 def replace(config: Config, **changes: Any) -> Config:
-    """A copy with leaf fields changed by name, wherever they are (`replace(c, epochs=5, dim=512)`)."""
+    """A copy with options changed by name, in whichever group they are (`replace(c, epochs=5, dim=512)`)."""
     config = copy.copy(config)
     for name, group in config.groups.items():
         setattr(config, name, copy.copy(group))

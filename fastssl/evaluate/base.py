@@ -1,4 +1,4 @@
-"""What an evaluation is, and what it gets: a backbone and two labelled files."""
+"""Base class of evaluations, and the task that they are given: a backbone and two labelled files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Evaluation(Options):
 
 
 def load_backbone(path: Path, name: str | None, size: int | None, seed: int) -> tuple[nn.Module, nn.Module, int]:
-    """(backbone with the weights at `path`, the same network at random initialisation, view size in px).
+    """The backbone with the weights at `path`, the same network at random initialisation, and the views' size in px.
 
     `path` is a run folder or a .safetensors file. Files that fastssl-train wrote know their backbone and size; for
     others both must be given. Networks whose weights depend on the size of the training images (ViTs) are built for

@@ -43,7 +43,7 @@ class Common:
     seed: int = 0
     """Seed of the random initialisation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if there is one."""
+    """Device of the network. auto: cuda if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Half precision, as in training."""
     workers: int | None = None

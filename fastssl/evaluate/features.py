@@ -16,7 +16,7 @@ from loaders.dataset import Readers
 
 
 def spread(num: int, limit: int | None) -> np.ndarray:
-    """Ids of `limit` of `num` images, evenly spread over the file; of all of them if `limit` is None or more."""
+    """Ids of `limit` images out of `num`, evenly spread over the file; all ids if `limit` is None or at least `num`."""
     return np.arange(num) if limit is None or limit >= num else (np.arange(limit) * num) // limit
 
 

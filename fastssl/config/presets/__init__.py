@@ -40,8 +40,8 @@ def load(name: str) -> Config:
 
 
 def first_of(method: str) -> Config:
-    """What `--method METHOD` alone begins with: the method's first preset at 32 images per step, to which its rate is
-    scaled; the method's defaults if it has none. Raises UserError for an unknown method."""
+    """The configuration that `--method METHOD` alone begins with: the method's first preset at 32 images per step, to
+    which its rate is scaled; the method's defaults if it has none. Raises UserError for an unknown method."""
     for preset in PRESETS.values():
         if preset.method == method:
             config = configs.replace(preset.make(), batch_size=_SMALL_BATCH)
