@@ -297,7 +297,7 @@ def validate(config: Config) -> None:
     for group in config.groups.values():
         # The command line lets only these values through; a saved configuration may hold any.
         for name, hint in typing.get_type_hints(type(group)).items():
-            value, known = getattr(group, name), typing.get_args(hint)
+            value, known = vars(group)[name], typing.get_args(hint)
             literal = typing.get_origin(hint) is Literal
             need(not literal or value in known, f"{flag(name)} {value}: one of {', '.join(map(str, known))}")
         group.validate()
