@@ -173,6 +173,8 @@ PUBLISHED = [
         "byol-cifar10-200ep mocov2-cifar10-200ep dino-cifar10-200ep", 128, 0.06, decay=5e-4, ema=(0.99, CONSTANT)
     ),
     Published("swav-cifar10-200ep", 128, 1e-3, "adam", 1e-6),
+    Published("fastsiam-imagenette-12ep simsiam-imagenette-24ep", 32, 0.125),
+    Published("demo", 16, 0.125),
 ]  # fmt: skip
 
 
