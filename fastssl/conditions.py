@@ -60,6 +60,15 @@ def unlike(option: str, other: str) -> Condition:
     return Condition((option, other), lambda v: v[option] != v[other], f"{flag(option)} other than {flag(other)}")
 
 
+def never(words: str) -> Condition:
+    """Condition that no option meets: for options of the run that a method does not read; `words` say which do."""
+    return Condition((), lambda _: False, words)
+
+
+JOINT = {"bn_statistics": never("a method that encodes views one by one")}
+"""For methods whose BatchNorm statistics are those of all views together in any case."""
+
+
 def conditions(options: type) -> dict[str, Condition]:
     """The conditions that a class of options and its bases declare, by option; those of a subclass win."""
     found: dict[str, Condition] = {}

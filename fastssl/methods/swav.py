@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import processes
-from fastssl.conditions import above
+from fastssl.conditions import JOINT, above
 from fastssl.device import at_least_fp32
 from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import cross_entropy, feature_std, pair_loss, sinkhorn
@@ -55,7 +55,7 @@ class Config(MultiCrop, base.MethodOptions):
     queue_from_epoch: int = 15
     """The queue begins to fill in this epoch, and serves when it is full."""
 
-    READ_IF = {"queue_from_epoch": above("queue_size", 0)}
+    READ_IF = JOINT | {"queue_from_epoch": above("queue_size", 0)}
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
