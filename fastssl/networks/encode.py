@@ -79,7 +79,7 @@ def encode_shuffled(net: nn.Module, x: Tensor) -> Tensor:
     """net(x) computed with the images of all processes dealt out anew, rows back in their places, without gradient.
 
     BatchNorm then cannot tell a key by the company it is in (MoCo section 3.3). In one process only the order within
-    the batch changes, which matters with `split_batch_norm`.
+    the batch changes, which matters with `splits` in its BatchNorm groups.
     """
     with torch.no_grad():
         everything = processes.gather(x)

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastssl import methods
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.networks.backbones import backbone
 from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.progress import Progress
@@ -54,7 +54,7 @@ class Cost:
         return self.flops / ASSUMED_FLOPS_PER_S / 3600
 
 
-def cost(config: Config, num_images: int) -> Cost:
+def cost(config: RunConfig, num_images: int) -> Cost:
     """The cost of `config` on a data set of `num_images`."""
     images, spec = num_images * config.optim.epochs, make_views(config)
     # Recipes that differ in epochs or rates are counted once.
@@ -67,7 +67,7 @@ def cost(config: Config, num_images: int) -> Cost:
 _counted: dict[str, float] = {}
 
 
-def _flops_per_image(config: Config, spec: ViewSpec) -> float:
+def _flops_per_image(config: RunConfig, spec: ViewSpec) -> float:
     """Floating-point operations of one image in one step: three times the forward pass of what is trained, once that of
     what only makes targets; heads and the products in the loss included."""
     model, num = config.model.backbone, config.data.batch_size
@@ -153,7 +153,7 @@ class Work:
     """Operations per image that the device is asked for, one by one."""
 
 
-def work(config: Config) -> Work:
+def work(config: RunConfig) -> Work:
     """`Work` of a step of `config`, with half precision where autocast has it: counted on tensors without memory.
 
     It is the run's own `Step`, so that momentum copies, micro-batches and recomputed activations count as they are.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastssl import methods
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.networks.activation_checkpointing import checkpoint_activations
 from fastssl.networks.backbones import backbone, check_size
 from fastssl.networks.batch_norm import group_batch_norm, need_batch_norm_groups, running_norms
@@ -17,7 +17,7 @@ from loaders.errors import UserError
 from loaders.views import RECIPES
 
 
-def make_views(config: Config, size: int | None = None) -> ViewSpec:
+def make_views(config: RunConfig, size: int | None = None) -> ViewSpec:
     """The views that the method asks for, made by the recipe with the configuration's changes to crop and blur.
 
     size: of the large views, px, where it is not --size.
@@ -36,7 +36,7 @@ def make_views(config: Config, size: int | None = None) -> ViewSpec:
     return config.method_options.views(recipe)
 
 
-def make_method(config: Config) -> nn.Module:
+def make_method(config: RunConfig) -> nn.Module:
     """Backbone and heads, freshly initialised from the run's seed, on the host.
 
     Raises UserError for an unknown backbone or one that does not take images of the sizes of the method's views.

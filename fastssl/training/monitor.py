@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract
 from fastssl.evaluate.recalibrate import recalibrated
@@ -22,7 +22,7 @@ class Monitor:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         reader: Reader | Readers,
         val_reader: Reader | Readers | None,
         device: torch.device,
@@ -30,7 +30,7 @@ class Monitor:
     ):
         self.run, self.reader, self.val_reader = config.run, reader, val_reader
         self.crops = {"size": config.data.size, "device": device, "amp_dtype": amp_dtype}
-        self.settings = knn.Config(k=(self.run.knn_k,), temperature=self.run.knn_temperature, vote="weighted")
+        self.settings = knn.Knn(k=(self.run.knn_k,), temperature=self.run.knn_temperature, vote="weighted")
         self.best: float | None = None
         self.last: float | None = None
 
