@@ -15,7 +15,7 @@ from fastssl.config import schema as configs
 from fastssl.config.command_line import parse
 from fastssl.config.schema import Config
 from fastssl.planning.cards import CARDS, seconds_per_image
-from fastssl.planning.cost import Work, work
+from fastssl.planning.cost import StepCost, step_cost
 from fastssl.planning.schedule import at_size, steps_by_size, waiting_bytes
 from fastssl.training.log import figures
 
@@ -32,7 +32,7 @@ RECIPES = (
 )
 
 
-def hours(config: Config, works: dict[int, Work], images: int = IMAGENET) -> dict[str, float]:
+def hours(config: Config, works: dict[int, StepCost], images: int = IMAGENET) -> dict[str, float]:
     """Of the training steps, by card. `works`: of a step, by size of the views."""
     steps = steps_by_size(config, images // config.data.batch_size)
     cards = [card for card in CARDS if card.name in SHOWN]
@@ -45,7 +45,7 @@ def hours(config: Config, works: dict[int, Work], images: int = IMAGENET) -> dic
     }
 
 
-def memory(config: Config, works: dict[int, Work]) -> float:
+def memory(config: Config, works: dict[int, StepCost]) -> float:
     """Bytes in use at once: of the step, and of the batches that wait beside it."""
     return max(w.peak for w in works.values()) + waiting_bytes(config)
 
@@ -54,7 +54,7 @@ def row(recipe: str) -> str:
     """A line of the table."""
     config = parse([*recipe.split(), "--data", "ImageNet"])  # which is not opened
     configs.validate(config)
-    works = {size: work(at_size(config, size)) for size in configs.sizes(config)}
+    works = {size: step_cost(at_size(config, size)) for size in configs.sizes(config)}
     cells = [f"`{recipe}`", f"{memory(config, works) / 1e9:.1f} GB", *map(figures, hours(config, works).values())]
     return f"| {' | '.join(cells)} | derived |"
 

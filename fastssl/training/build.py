@@ -1,32 +1,157 @@
-"""What a run is built from: device, precision, network, method, views."""
+"""What a run is made of: device, precision, data, views, method, loader, training step, each made once."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
-from fastssl import methods
+from fastssl import methods, processes
+from fastssl.config import schema as configs
 from fastssl.config.schema import Config
+from fastssl.device import Precision, pick_device, pick_precision
+from fastssl.methods.base import Method
 from fastssl.networks.activation_checkpointing import checkpoint_activations
 from fastssl.networks.backbones import backbone, check_size
 from fastssl.networks.batch_norm import group_batch_norm, has_batch_norm, need_plain_batch_norm
-from loaders import ViewSpec
+from fastssl.processes import World
+from fastssl.progress import Progress
+from fastssl.training.step import Step
+from loaders import Loader, ViewSpec
+from loaders.beton import Reader
+from loaders.dataset import Readers, open_data
 from loaders.errors import UserError
 from loaders.views import RECIPES
+
+
+@dataclass
+class Setup:
+    """What a run is made of. The views, and the loader with them, change where `--size-schedule` says so."""
+
+    config: Config
+    device: torch.device
+    precision: Precision
+    world: World
+    reader: Reader | Readers
+    val_reader: Reader | Readers | None
+    spec: ViewSpec
+    method: Method
+    loader: Loader
+    step: Step
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run trains on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+        return len(self.loader)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run; --max-steps ends it early."""
+        total = self.config.optim.epochs * self.steps_per_epoch
+        return min(total, self.config.run.max_steps or total)
+
+    def progress(self, steps_done: int) -> Progress:
+        """The position of the run after so many steps."""
+        return Progress(steps_done, self.config.optim.epochs * self.steps_per_epoch, self.steps_per_epoch)
+
+    def change_views(self, spec: ViewSpec) -> None:
+        """Replace the loader by one that makes other views with the same backend."""
+        self.loader.close()
+        self.spec, backend = spec, self.loader.backend.name
+        self.loader = _open_loader(self.config, self.device, self.precision, self.world, self.reader, spec, backend)
+
+    def wait(self) -> None:
+        """Wait until the device has done everything that it was asked for."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def __enter__(self) -> Setup:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop the loader's threads."""
+        self.loader.close()
+
+
+def join(config: Config) -> tuple[torch.device, World]:
+    """Join the other processes of the run, if there are any. Returns this process's device and place among them."""
+    configs.validate(config)
+    device = pick_device(config.run.device)
+    world = processes.init(device.type)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device, world
+
+
+def build(config: Config, device: torch.device, world: World, backend: str | None = None) -> Setup:
+    """Everything that a run is made of; nothing is written.
+
+    device, world: from `join`. backend: the loader's, in place of --backend. Raises UserError for whatever is wrong
+    with the input.
+    """
+    precision = pick_precision(config.run.precision, device)
+    if config.data.batch_size % world.size:
+        raise UserError(
+            f"--batch-size {config.data.batch_size} does not divide among {world.size} processes: "
+            f"use a multiple of {world.size}"
+        )
+    config.method_options.check_batch(config.data.batch_size // world.size)
+    reader = open_data(config.data.data)
+    val_reader = open_data(config.data.val) if config.data.val else None
+    if val_reader is not None and config.run.knn_k > min(len(reader), config.run.knn_bank):
+        raise UserError(f"--knn-k {config.run.knn_k} neighbours asked of {len(reader)} images: use fewer")
+    spec = make_views(config, configs.size_at(config, 0))
+    method = make_method(config)
+    loader = _open_loader(config, device, precision, world, reader, spec, backend or config.data.backend)
+    step = Step(config, place(method, device), device, precision, world)
+    return Setup(config, device, precision, world, reader, val_reader, spec, method, loader, step)
+
+
+def _open_loader(
+    config: Config,
+    device: torch.device,
+    precision: Precision,
+    world: World,
+    reader: Reader | Readers,
+    spec: ViewSpec,
+    backend: str,
+) -> Loader:
+    data = config.data
+    with processes.main_first(world):  # measuring undisturbed, and all processes with one result
+        return Loader(
+            reader,
+            spec,
+            batch_size=data.batch_size // world.size,
+            device=device,
+            backend=backend,
+            seed=config.run.seed,
+            rank=world.rank,
+            world=world.size,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            order=data.order,
+            page_window=data.page_window,
+            dtype=precision.dtype or torch.float32,
+            on_bad_sample=data.on_bad_sample,
+            views_ahead=config.run.micro_batch is None,  # else batches are large, and memory is scarce
+        )
 
 
 def make_views(config: Config, size: int | None = None) -> ViewSpec:
     """The views that the method asks for, made by the recipe with the configuration's changes to crop and blur.
 
-    size: of the large views, px, where it is not --size.
+    size: side of the large views, px; None: --size.
     """
-    data, size = config.data, size or config.data.size
+    data = config.data
 
     def recipe(num_views: int) -> ViewSpec:
-        spec = RECIPES[data.recipe](num_views, size)
-        changes: dict[str, object] = {}
+        spec = RECIPES[data.recipe](num_views, size or data.size)
+        changes: dict[str, Any] = {}
         if data.crop_min is not None:
             changes["scale"] = (data.crop_min, 1.0)
         if data.blur is not None:
@@ -36,15 +161,19 @@ def make_views(config: Config, size: int | None = None) -> ViewSpec:
     return config.method_options.views(recipe)
 
 
-def make_method(config: Config) -> nn.Module:
+def make_method(config: Config) -> Method:
     """Backbone and heads, freshly initialised from the run's seed, on the host.
 
     Raises UserError for an unknown backbone or one that does not take images of the sizes of the method's views.
     """
     model, spec = config.model, make_views(config)
     torch.manual_seed(config.run.seed)
-    options = {"zero_init_residual": model.zero_init_residual, "drop_path": model.drop_path}
-    net, width = backbone(model.backbone, size=config.data.size, **options)
+    net, width = backbone(
+        model.backbone,
+        size=config.data.size,
+        zero_init_residual=model.zero_init_residual,
+        drop_path=model.drop_path,
+    )
     specs = [spec, *(make_views(config, size) for size in config.data.size_schedule)]
     sizes = {size // divide for spec in specs for size in spec.sizes for divide in (1, spec.divide)}
     for size in sizes - {config.data.size}:
@@ -54,8 +183,14 @@ def make_method(config: Config) -> nn.Module:
         raise UserError(f"--recalibrate-bn: {model.backbone} has no BatchNorm, leave it out")
     if model.activation_checkpointing:
         checkpoint_activations(net, model.backbone)
-    method = methods.load(config.model.method).Method(net, width, config.method_options)
+    method: Method = methods.load(config.model.method).Method(net, width, config.method_options)
     joint = model.bn_statistics == "joint"
     if joint or model.sync_bn:
         need_plain_batch_norm(method, "--sync-bn" if model.sync_bn else "--bn-statistics joint")
-    return group_batch_norm(method, joint=joint, sync=model.sync_bn)
+    group_batch_norm(method, joint=joint, sync=model.sync_bn)
+    return method
+
+
+def place(method: Method, device: torch.device) -> Method:
+    """Move a method to the device, in the memory format of its views."""
+    return method.to(device).to(memory_format=torch.channels_last)

@@ -80,9 +80,8 @@ def make_optimizer(method: Method, optim: Optim, base_lr: float) -> torch.optim.
     as torch's loss scaling then asks on the host whether the gradients are finite.
     """
     groups = _split(_groups(method), optim)
-    common = {"lr": base_lr, "weight_decay": optim.weight_decay}
     if optim.optimizer == "sgd":
-        sgd = torch.optim.SGD(groups, momentum=optim.momentum, fused=True, **common)
+        sgd = torch.optim.SGD(groups, base_lr, optim.momentum, weight_decay=optim.weight_decay, fused=True)
         if optim.momentum:
             # Fused SGD fails where one buffer exists and another does not, as when a method drops the gradients of its
             # last layer in the first epoch. From zero the first step is the same: momentum * 0 + gradient.
@@ -92,8 +91,10 @@ def make_optimizer(method: Method, optim: Optim, base_lr: float) -> torch.optim.
     if optim.optimizer == "lars":
         from timm.optim.lars import Lars  # timm is slow to import: only who asks for it pays
 
-        return Lars(groups, momentum=optim.momentum, trust_coeff=optim.trust_coefficient, **common)
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.optimizer](groups, fused=True, **common)
+        eta, decay = optim.trust_coefficient, optim.weight_decay
+        return Lars(groups, lr=base_lr, momentum=optim.momentum, weight_decay=decay, trust_coeff=eta)
+    adam = torch.optim.AdamW if optim.optimizer == "adamw" else torch.optim.Adam
+    return adam(groups, lr=base_lr, weight_decay=optim.weight_decay, fused=True)
 
 
 def _groups(method: Method) -> list[dict[str, Any]]:

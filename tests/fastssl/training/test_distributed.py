@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import methods, processes
+from fastssl.device import pick_precision
 from fastssl.losses import guided as addons
 from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm
 from fastssl.networks.encode import encode_shuffled
@@ -19,6 +20,7 @@ from fastssl.training.step import Step
 from loaders import Batch
 
 PROCESSES, IMAGES, STEPS = 2, 8, 3
+CPU = torch.device("cpu")
 
 # What has to work across processes is switched on: queues that are full after two steps, a schedule in every epoch.
 ACTIVE = {
@@ -104,7 +106,8 @@ def trained_steps(name: str, mode: str) -> list[dict]:
     alone, own = processes.size() == 1, IMAGES // PROCESSES
     smooth(group_batch_norm(method.double(), sync=mode == "sync"))
     config.run.micro_batch = own // 2 if mode == "micro" and not alone else None
-    step = Step(config, method, torch.device("cpu"), processes.World(processes.rank(), processes.size()))
+    world = processes.World(processes.rank(), processes.size())
+    step = Step(config, method, CPU, pick_precision("fp32", CPU), world)
     for m in method.modules():
         if isinstance(m, GroupedBatchNorm) and alone:
             m.images = {"groups": own, "sync": None, "micro": own // 2}[mode]

@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 
 from fastssl import methods
 from fastssl.config import schema as configs
+from fastssl.progress import Progress
 from fastssl.train import main
 from fastssl.training import log as logs
-from fastssl.training.trainer import Trainer
+from fastssl.training.step import Step
+from loaders import Batch
 
 ROOT = Path(__file__).parents[3]
 # Two epochs of six steps in a few seconds.
@@ -352,13 +354,14 @@ def test_two_processes_see_the_order_of_one(beton: Path, tmp_path: Path) -> None
     script.write_text(
         "import json, os, sys\n"
         "from fastssl import train\n"
-        "seen, step = [], train.Trainer._advance\n"
-        "def probe(self, batch):\n"
-        "    metrics = step(self, batch)\n"
+        "from fastssl.training.step import Step\n"
+        "seen, step = [], Step.__call__\n"
+        "def probe(self, batch, progress):\n"
+        "    result = step(self, batch, progress)\n"
         "    weight = self.method.projector[0].weight.double().sum().item()\n"
         "    seen.append((batch.index.tolist(), weight))\n"
-        "    return metrics\n"
-        "train.Trainer._advance = probe\n"
+        "    return result\n"
+        "Step.__call__ = probe\n"
         "status = train.main(sys.argv[1:])\n"
         "json.dump(seen, open(os.path.join(os.path.dirname(__file__), os.environ.get('RANK', 'one') + '.json'), 'w'))\n"
         "sys.exit(status)\n"
@@ -418,24 +421,17 @@ def test_a_run_on_a_gpu_learns_resumes_and_exports(
 )
 def test_no_step_waits_for_the_gpu(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str) -> None:
     """Between logging steps nothing synchronises, in any method: torch raises if something does."""
-    from fastssl.training.trainer import Trainer
+    step = Step.__call__
 
-    step, log = Trainer._advance, Trainer._log
-
-    def checked(self, batch):
-        torch.cuda.set_sync_debug_mode("error" if self.step >= 2 else "default")  # the first steps compile
+    def checked(self: Step, batch: Batch, progress: Progress) -> object:
+        torch.cuda.set_sync_debug_mode("error" if progress.step >= 2 else "default")  # the first steps compile
         try:
-            return step(self, batch)
+            return step(self, batch, progress)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def allowed(self, metrics):
-        torch.cuda.set_sync_debug_mode("default")
-        log(self, metrics)
-
-    monkeypatch.setattr(Trainer, "_advance", checked)
-    monkeypatch.setattr(Trainer, "_log", allowed)
-    # Not LARS, whose steps in fp16 wait by design (optim.make_optimizer).
+    monkeypatch.setattr(Step, "__call__", checked)
+    # Not LARS, whose steps in fp16 wait by design (optimizers.make_optimizer).
     small = "--backbone resnet18 --size 64 --batch-size 8 --epochs 2 --warmup-epochs 0 --log-every 6 --max-steps 6"
     common = ["--device", "cuda", "--compile", "off", "--optimizer", "sgd", *small.split()]
     arguments = ["--data", beton, "--out", tmp_path / "run", *common, *options.split()]
@@ -478,14 +474,14 @@ def test_sizes_follow_their_schedule(beton: Path, tmp_path: Path, capsys: pytest
     """Equal shares of the epochs; a resumed run goes on with the size that was due, and the same losses."""
     words = ["--data", str(beton), *map(str, SMALL), "--epochs", "4", "--size", "32", "--size-schedule", "16:24:32"]
     words += ["--backbone", "resnet18-cifar", "--log-every", "1"]
-    seen, step = [], Trainer._advance
+    seen, step = [], Step.__call__
 
-    def look(self: Trainer, batch: object) -> object:
+    def look(self: Step, batch: Batch, progress: Progress) -> object:
         seen.append(batch.views[0].shape[-1])
-        return step(self, batch)
+        return step(self, batch, progress)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_advance", look)
+        patch.setattr(Step, "__call__", look)
         assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     per_epoch = len(seen) // 4
     assert seen == [16] * 2 * per_epoch + [24] * per_epoch + [32] * per_epoch
