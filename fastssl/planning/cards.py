@@ -3,12 +3,13 @@
     seconds = max(max(bytes / bandwidth, flops / rate) / EFFICIENCY, operations * LAUNCH)
 
 `cost.step_cost` gives bytes, flops and operations, every operation by itself. EFFICIENCY is the share of the first
-bound that published trainings of ResNet-50 reach (224 px, mixed precision, channels last, nothing fused by a compiler). One
-number serves three generations of cards: derived rates are within 6 % of those published ones, and within 16 % for
-ResNet-34, MobileNetV2 and ResNet-18 on the RTX 3090, which had no part in the number. LAUNCH is assumed. For
-transformers, and for images too small to fill a large card, the figures are optimistic. No training rate in mixed
-precision and channels last is published for the RTX 2080 Ti. Lambda found it at 0.55 of a V100 in fp16 over several
-networks (TensorFlow 1.12, 2019), where the data sheets say 0.68: its EFFICIENCY is taken to be lower by that ratio.
+bound that published trainings of ResNet-50 reach (224 px, mixed precision, channels last, nothing fused by a
+compiler). One number serves three generations of cards: derived rates are within 6 % of those published ones, and
+within 16 % for ResNet-34, MobileNetV2 and ResNet-18 on the RTX 3090, which had no part in the number. LAUNCH is
+assumed. For transformers, and for images too small to fill a large card, the figures are optimistic. No training rate
+in mixed precision and channels last is published for the RTX 2080 Ti. Lambda found it at 0.55 of a V100 in fp16 over
+several networks (TensorFlow 1.12, 2019), where the data sheets say 0.68: its EFFICIENCY is taken to be lower by that
+ratio.
 """
 
 from __future__ import annotations
