@@ -37,7 +37,7 @@ from fastssl.cli import run_command
 from fastssl.config.command_line import parse
 from fastssl.planning.bench import endless
 from fastssl.training.bottleneck import StageTimes
-from fastssl.training.build import Setup, build, join
+from fastssl.training.build import Setup, join
 from fastssl.training.stopwatch import StepClock
 from loaders import Loader
 from loaders.errors import UserError, unknown
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         if not console.is_terminal:
             console.width = FILE_WIDTH
         training = parse(rest)
-        with build(training, *join(training)) as setup:
+        with Setup(training, *join(training)) as setup:
             report = measure(config, setup)
         for item in report.tables:
             console.print(item, highlight=False)

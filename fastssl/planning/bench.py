@@ -28,7 +28,7 @@ from fastssl.planning.schedule import Range, at_size
 from fastssl.training import checkpoint, memory, run_folder
 from fastssl.training import log as logs
 from fastssl.training.bottleneck import HOST_STAGES, BottleneckReport, StageTimes
-from fastssl.training.build import build, join
+from fastssl.training.build import Setup, join
 from fastssl.training.monitor import Monitor
 from fastssl.training.stopwatch import StepClock
 from loaders import Batch, Loader
@@ -93,7 +93,7 @@ class RunBench:
         start = time.perf_counter()
         self.folder = folder
         self.config = configs.replace(at_size(config, config.data.size), out=folder, resume=False, overwrite=False)
-        self.setup = build(self.config, *join(self.config))
+        self.setup = Setup(self.config, *join(self.config))
         self.loader = self.setup.loader
         self.progress = self.setup.progress(0)
         self.batches = endless(self.loader)

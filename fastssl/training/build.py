@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from fastssl import methods, processes
 from fastssl.config import schema as configs
 from fastssl.config.schema import Config
-from fastssl.device import Precision, pick_device, pick_precision
+from fastssl.device import pick_device, pick_precision
 from fastssl.methods.base import Method
 from fastssl.networks.activation_checkpointing import checkpoint_activations
 from fastssl.networks.backbones import backbone, check_size
@@ -20,31 +19,71 @@ from fastssl.processes import World
 from fastssl.progress import Progress
 from fastssl.training.step import Step
 from loaders import Loader, ViewSpec
-from loaders.beton import Reader
-from loaders.dataset import Readers, open_data
+from loaders.dataset import open_data
 from loaders.errors import UserError
 from loaders.views import RECIPES
 
 
-@dataclass
+def join(config: Config) -> tuple[torch.device, World]:
+    """Join the other processes of the run, if there are any. Returns this process's device and place among them."""
+    configs.validate(config)
+    device = pick_device(config.run.device)
+    world = processes.init(device.type)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device, world
+
+
 class Setup:
-    """What a run is made of. The views, and the loader with them, change where `--size-schedule` says so."""
+    """The parts of a run, each made once. Making them writes nothing.
 
-    config: Config
-    device: torch.device
-    precision: Precision
-    world: World
-    reader: Reader | Readers
-    val_reader: Reader | Readers | None
-    spec: ViewSpec
-    method: Method
-    loader: Loader
-    step: Step
+    The views, and the loader with them, change where `--size-schedule` says so. device, world: from `join`. backend:
+    the loader's, in place of --backend. Raises UserError for whatever is wrong with the input.
+    """
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the run trains on a GPU."""
-        return self.device.type == "cuda"
+    def __init__(self, config: Config, device: torch.device, world: World, backend: str | None = None):
+        self.config, self.device, self.world = config, device, world
+        self.on_gpu = device.type == "cuda"
+        self.precision = pick_precision(config.run.precision, device)
+        if config.data.batch_size % world.size:
+            raise UserError(
+                f"--batch-size {config.data.batch_size} does not divide among {world.size} processes: "
+                f"use a multiple of {world.size}"
+            )
+        config.method_options.check_batch(config.data.batch_size // world.size)
+        self.reader = open_data(config.data.data)
+        self.val_reader = open_data(config.data.val) if config.data.val else None
+        if self.val_reader is not None and config.run.knn_k > min(len(self.reader), config.run.knn_bank):
+            raise UserError(f"--knn-k {config.run.knn_k} neighbours asked of {len(self.reader)} images: use fewer")
+        self.spec = make_views(config, configs.size_at(config, 0))
+        self.method = make_method(config)
+        self.loader = self._open_loader(backend or config.data.backend)
+        self.step = Step(config, place(self.method, device), device, self.precision, world)
+
+    def _open_loader(self, backend: str) -> Loader:
+        data, world = self.config.data, self.world
+        with processes.main_first(world):  # measuring undisturbed, and all processes with one result
+            return Loader(
+                self.reader,
+                self.spec,
+                batch_size=data.batch_size // world.size,
+                device=self.device,
+                backend=backend,
+                seed=self.config.run.seed,
+                rank=world.rank,
+                world=world.size,
+                workers=data.workers,
+                prefetch=data.prefetch,
+                order=data.order,
+                page_window=data.page_window,
+                dtype=self.precision.dtype or torch.float32,
+                on_bad_sample=data.on_bad_sample,
+                views_ahead=self.config.run.micro_batch is None,  # else batches are large, and memory is scarce
+            )
+
+    def change_views(self, spec: ViewSpec) -> None:
+        """Replace the loader by one that makes other views with the same backend."""
+        self.loader.close()
+        self.spec = spec
+        self.loader = self._open_loader(self.loader.backend.name)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -61,12 +100,6 @@ class Setup:
         """The position of the run after so many steps."""
         return Progress(steps_done, self.config.optim.epochs * self.steps_per_epoch, self.steps_per_epoch)
 
-    def change_views(self, spec: ViewSpec) -> None:
-        """Replace the loader by one that makes other views with the same backend."""
-        self.loader.close()
-        self.spec, backend = spec, self.loader.backend.name
-        self.loader = _open_loader(self.config, self.device, self.precision, self.world, self.reader, spec, backend)
-
     def wait(self) -> None:
         """Wait until the device has done everything that it was asked for."""
         if self.on_gpu:
@@ -78,68 +111,6 @@ class Setup:
     def __exit__(self, *exc: object) -> None:
         """Stop the loader's threads."""
         self.loader.close()
-
-
-def join(config: Config) -> tuple[torch.device, World]:
-    """Join the other processes of the run, if there are any. Returns this process's device and place among them."""
-    configs.validate(config)
-    device = pick_device(config.run.device)
-    world = processes.init(device.type)
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device, world
-
-
-def build(config: Config, device: torch.device, world: World, backend: str | None = None) -> Setup:
-    """Everything that a run is made of; nothing is written.
-
-    device, world: from `join`. backend: the loader's, in place of --backend. Raises UserError for whatever is wrong
-    with the input.
-    """
-    precision = pick_precision(config.run.precision, device)
-    if config.data.batch_size % world.size:
-        raise UserError(
-            f"--batch-size {config.data.batch_size} does not divide among {world.size} processes: "
-            f"use a multiple of {world.size}"
-        )
-    config.method_options.check_batch(config.data.batch_size // world.size)
-    reader = open_data(config.data.data)
-    val_reader = open_data(config.data.val) if config.data.val else None
-    if val_reader is not None and config.run.knn_k > min(len(reader), config.run.knn_bank):
-        raise UserError(f"--knn-k {config.run.knn_k} neighbours asked of {len(reader)} images: use fewer")
-    spec = make_views(config, configs.size_at(config, 0))
-    method = make_method(config)
-    loader = _open_loader(config, device, precision, world, reader, spec, backend or config.data.backend)
-    step = Step(config, place(method, device), device, precision, world)
-    return Setup(config, device, precision, world, reader, val_reader, spec, method, loader, step)
-
-
-def _open_loader(
-    config: Config,
-    device: torch.device,
-    precision: Precision,
-    world: World,
-    reader: Reader | Readers,
-    spec: ViewSpec,
-    backend: str,
-) -> Loader:
-    data = config.data
-    with processes.main_first(world):  # measuring undisturbed, and all processes with one result
-        return Loader(
-            reader,
-            spec,
-            batch_size=data.batch_size // world.size,
-            device=device,
-            backend=backend,
-            seed=config.run.seed,
-            rank=world.rank,
-            world=world.size,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            order=data.order,
-            page_window=data.page_window,
-            dtype=precision.dtype or torch.float32,
-            on_bad_sample=data.on_bad_sample,
-            views_ahead=config.run.micro_batch is None,  # else batches are large, and memory is scarce
-        )
 
 
 def make_views(config: Config, size: int | None = None) -> ViewSpec:

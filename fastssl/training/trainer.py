@@ -25,7 +25,7 @@ from fastssl.methods.base import Metrics
 from fastssl.training import checkpoint, memory, run_folder, summary
 from fastssl.training import log as logs
 from fastssl.training.bottleneck import StageTimes
-from fastssl.training.build import build, join, make_views
+from fastssl.training.build import Setup, join, make_views
 from fastssl.training.monitor import Monitor
 from fastssl.training.signals import StopSignal
 from fastssl.training.stopwatch import StepClock, Stopwatch
@@ -57,7 +57,7 @@ class Trainer:
             run_folder.check_folder(self.folder, config.run.overwrite)
         # Backends agree, but not to the last bit: a run with --backend auto goes on with the one that it began with.
         backend = self.state["backend"] if self.state and config.data.backend == "auto" else None
-        self.setup = build(config, device, world, backend)
+        self.setup = Setup(config, device, world, backend)
         self.main = world.main
         self.console = console or Console()
         self.log = logs.Log(self.folder, self.console if self.main else Console(quiet=True))
