@@ -80,7 +80,7 @@ class Config:
     backbones: tuple[str, ...] = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "vit-s16")
     """Networks to measure, one after the other."""
     method: Literal["fastsiam", "simsiam"] = "fastsiam"
-    """What is trained. Only of these two is the plain form written out here."""
+    """The method to train: one of the two whose plain form is written out here."""
     num_views: int = 4
     """K of fastsiam."""
     batch_size: int = 32
@@ -92,7 +92,7 @@ class Config:
     steps: int | None = None
     """Steps per round. None: 20 on a GPU, 1 on a CPU."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of the contestants in mixed precision, as for fastssl-train."""
+    """Precision of the contestants in mixed precision, as for fastssl-train."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if there is one."""
     only: tuple[str, ...] = ()

@@ -1,12 +1,12 @@
 """The bottleneck report: how long each stage of the pipeline takes per image, and which resource limits the speed.
 
-    read, decode, crop, augment    on the loader's threads, side by side with everything else
+    read, decode, crop, augment    on the loader's threads, at the same time as everything else
     copy, GPU augment              launched by the feeder thread; done by the GPU beside the network
     network                        forward, backward, step
-    wait                           the training loop without a batch: the part of the loader that was not hidden
+    wait                           the training loop without a batch: loading that the other stages do not hide
 
-Stages that run side by side do not add up: the slowest resource sets the pace, the second slowest says how much there
-is to win before something else limits.
+Stages that run at the same time do not add up. The slowest resource sets the pace; the second slowest says how much
+faster training can become before another resource limits it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BottleneckReport:
 
 
 class StageTimes:
-    """What the loader's stages and the network took between `start` and `stop`, added up. Starts when made."""
+    """Seconds of the loader's stages and of the network between `start` and `stop`, added up. Starts when made."""
 
     def __init__(self, loader: Loader, clock: StepClock):
         self.loader, self.clock, self.network = loader, clock, 0.0

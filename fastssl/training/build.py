@@ -1,4 +1,4 @@
-"""What a run is made of: device, precision, data, views, method, loader, training step, each made once."""
+"""The parts of a run: device, precision, data, views, method, loader, training step, each made once."""
 
 from __future__ import annotations
 

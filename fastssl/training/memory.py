@@ -1,4 +1,4 @@
-"""What a training step keeps in memory, part by part, and the largest micro-batch that fits."""
+"""Memory of a training step, part by part, and the largest micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StepMemory:
     gradients: int
     optimiser: int
     activations: int
-    """What the forward pass keeps for the backward pass, at most; with micro-batches that of one micro-batch. Blocks
+    """The most that the forward pass keeps for the backward pass, with micro-batches that of one micro-batch. Blocks
     that are computed again count with their input. Copies of the weights in half precision are counted here."""
     views: int
     """Views of all batches that are being trained on, ready, or being made."""

@@ -16,7 +16,7 @@ from loaders.dataset import Readers
 
 
 class Monitor:
-    """How good the backbone is (kNN top-1, %): the best and the last answer."""
+    """A measure of the backbone, kNN top-1 in %, with its best and its last value."""
 
     def __init__(self, setup: Setup):
         self.setup, self.run = setup, setup.config.run

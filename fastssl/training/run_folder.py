@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, and that nothing in it is lost by mistake."""
+"""The folder of a run: its files, and the rules by which nothing in it is lost by mistake."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ class Stopwatch:
 class StepClock:
     """Seconds that the network itself took: a `with` block around each step, `take` now and then.
 
-    On a GPU events in the stream time the block from when its batch is there. Only `take` waits for these events: call
-    it when the device is at rest anyway.
+    On a GPU the block is timed by events in the stream, from the moment that its batch is there. Only `take` waits for
+    events, and is meant for moments when the device is at rest anyway.
     """
 
     def __init__(self, device: torch.device):

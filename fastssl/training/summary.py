@@ -1,4 +1,4 @@
-"""What a run tells people: at the start, while it trains, and at the end."""
+"""The texts of a run for people: at the start, while it trains, and at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastssl.training.log import Log, duration, figures
 
 
 class Result(TypedDict):
-    """What a run came to."""
+    """The result of a run."""
 
     steps: int
     hours: float

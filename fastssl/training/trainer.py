@@ -134,7 +134,7 @@ class Trainer:
         return metrics
 
     def _same_views_next(self, epoch: int) -> bool:
-        """Whether another epoch follows with views of the same size, so that its batches can be made ahead."""
+        """True if an epoch with views of the same size follows, so that its first batches can be made ahead."""
         sizes = (configs.size_at(self.config, e) for e in (epoch, epoch + 1))
         return epoch + 1 < self.config.optim.epochs and len({*sizes}) == 1
 
