@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import SMALL
 
 from benchmarks import e2e
 from benchmarks.peers import PEERS
-
-SMALL = ["--backbone", "resnet18", "--size", "32", "--batch-size", "8", "--dim", "32", "--predictor-hidden", "8"]
 
 
 def test_the_command(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small import config_of
+from small import SMALL, config_of
 
 from fastssl.config import schema as configs
 from fastssl.config.command_line import parse
@@ -35,16 +35,7 @@ from fastssl.training import checkpoint, trainer
 from fastssl.training.monitor import Monitor
 from fastssl.training.trainer import train
 
-_SMALL = {
-    "backbone": "resnet18",
-    "size": 32,
-    "batch-size": 8,
-    "dim": 32,
-    "predictor-hidden": 8,
-    "workers": 1,
-    "backend": "cpu",
-}
-SMALL = [str(word) for name, value in _SMALL.items() for word in (f"--{name}", value)]
+ONE_THREAD = [*SMALL, "--workers", "1", "--backend", "cpu"]
 
 
 def config(**values: object) -> Config:
@@ -103,7 +94,7 @@ def test_a_real_run_does_what_is_counted(
     monkeypatch.setattr(Monitor, "__call__", counted("kNN", Monitor.__call__))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in more.items()]
     where = ["--data", str(beton), "--val", str(val_beton), "--out", str(tmp_path)]
-    run = parse([*SMALL, *where, "--knn-k=5", "--num-views=2", *flags])
+    run = parse([*ONE_THREAD, *where, "--knn-k=5", "--num-views=2", *flags])
     train(run, Console(quiet=True), counted("training", lambda *_: None))
     found = parts(run, Timings({32: exactly(0.01)}, {32: 0}), 6)
     assert {name: num for name, (num, _) in found.items() if name in done} == done
@@ -254,7 +245,7 @@ def test_hours_are_rounded_to_three_figures() -> None:
 def planned(beton: Path, val_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run of two steps, and what --plan --fit prints of it, which leaves it as it is."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    run = [*SMALL, "--data", str(beton), "--out", str(out), "--epochs", "3"]
+    run = [*ONE_THREAD, "--data", str(beton), "--out", str(out), "--epochs", "3"]
     train(parse([*run, "--max-steps", "2"]), Console(quiet=True))
     before = {p: p.read_bytes() for p in out.iterdir()}
     printed = io.StringIO()

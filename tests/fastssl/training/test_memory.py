@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import TinyResNet, batch_of, config_of
+from small import SMALL, TinyResNet, batch_of, config_of
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
@@ -247,9 +247,8 @@ def test_processes_try_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(beton: Path, folder: Path, *more: object) -> int:
-    arguments = ["--data", beton, "--out", folder, "--method", "simsiam", "--backbone", "resnet18", "--size", 32]
-    arguments += ["--batch-size", 8, "--epochs", 1, "--max-steps", 2, "--dim", 32, "--predictor-hidden", 8, *more]
-    return main([str(a) for a in arguments])
+    arguments = ["--data", beton, "--out", folder, "--method", "simsiam", *SMALL, "--epochs", 1, "--max-steps", 2]
+    return main([str(a) for a in (*arguments, *more)])
 
 
 @pytest.mark.usefixtures("tiny")

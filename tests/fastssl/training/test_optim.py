@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from small import forbid_waiting
 from torch import Tensor, nn
 
 from fastssl.config import schema as configs
@@ -20,9 +21,7 @@ from fastssl.methods.base import Method
 from fastssl.progress import Progress
 from fastssl.training.build import make_method
 from fastssl.training.optimizers import lr_at, make_optimizer, scaled_lr, set_lr, set_weight_decay, weight_decay_at
-from fastssl.training.step import Step
 from fastssl.training.trainer import Trainer
-from loaders import Batch
 from loaders.errors import UserError
 
 # Rows of the table of published settings, with the batch that each was published at.
@@ -583,15 +582,6 @@ def test_no_optimizer_waits_for_the_gpu(
     optimizer: str, precision: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clipping, both schedules and every kind of group, without a synchronisation."""
-    step = Step.__call__
-
-    def checked(self: Step, batch: Batch, progress: Progress) -> object:
-        torch.cuda.set_sync_debug_mode("error" if progress.step >= 2 else "default")
-        try:
-            return step(self, batch, progress)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(Step, "__call__", checked)
+    forbid_waiting(monkeypatch)
     fields = {"device": "cuda", "precision": precision, "compile": "off", "log_every": 6, "no_decay": "1d"}
     run(small(beton, tmp_path / "run", optimizer=optimizer, lr=1e-3, weight_decay_end=0.4, clip_norm=1.0, **fields))
