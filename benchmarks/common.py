@@ -37,6 +37,7 @@ from typing import Any, TypeVar
 import torch
 
 from loaders.errors import UserError, unknown
+from loaders.machine import peak_host_memory
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -312,12 +313,11 @@ def serve() -> None:
 
 def peak_rss_mb() -> float:
     """Peak resident memory of this process and its living workers, MB (pages they share count in each); NaN where
-    /proc does not tell. (getrusage's ru_maxrss would: but it is inherited from whoever started the process.)"""
+    /proc does not tell."""
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     try:
-        status = [Path(f"/proc/{pid}/status").read_text().split() for pid in pids]
-        return sum(1024 * int(words[words.index("VmHWM:") + 1]) for words in status) / 1e6
-    except (OSError, ValueError):
+        return sum(map(peak_host_memory, pids)) / 1e6
+    except (OSError, IndexError):
         return float("nan")
 
 

@@ -3,29 +3,29 @@
     python -m benchmarks.e2e [PRESET] --data TRAIN.beton [--repeats 5] [--steps 20] [--json FILE] [OPTIONS]
     python -m benchmarks.e2e --method fastsiam --data TRAIN.beton --peers lightly lightly-amp simsiam
 
-One trainer takes steps in blocks, alternately on the loader's batches and on tensors that were made beforehand (the
-`synthetic` backend, infinitely fast). Before each block some steps go uncounted, so that nobody lives on what was
-prepared while the other one ran. 1.0 is a loader that costs nothing; it is followed by the bottleneck report of the
-loader's blocks. OPTIONS, and PRESET, are those of fastssl-train. Nothing is written but --json.
+One training step runs in blocks, alternately on the loader's batches and on tensors that were made beforehand (the
+`synthetic` backend, infinitely fast). Some steps before each block are not counted: they use up batches that were
+prepared while another block ran. A ratio of 1.0 is a loader that costs nothing. The bottleneck report of the loader's
+blocks follows. OPTIONS, and PRESET, are those of fastssl-train. Nothing is written but --json.
 
 --peers adds blocks of other people's training (benchmarks/peers.py) of the same backbone on the same JPEGs at the same
 size and batch size, each with the DataLoader and the transforms of its users (benchmarks/contestants.py), with
 --peer-workers processes, and a step that does what theirs does. Images come from the page cache in file order. SimSiam
-makes and trains on two views of an image, so speeds are compared in views/s. When a block of theirs ends, their
-workers finish what they have begun before anybody else starts.
+makes and trains on two views of an image, so speeds are compared in views/s. After a peer's block its workers finish
+the batches that they have begun before the next block starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -35,10 +35,13 @@ from benchmarks.peers import PEERS, Peer
 from benchmarks.step import verdict
 from fastssl.cli import run_command
 from fastssl.config.command_line import parse
-from fastssl.training import bottleneck
-from fastssl.training.trainer import Trainer
-from loaders import Batch, Loader
+from fastssl.planning.bench import endless
+from fastssl.training.bottleneck import StageTimes
+from fastssl.training.build import Setup, join
+from fastssl.training.stopwatch import StepClock
+from loaders import Loader
 from loaders.errors import UserError, unknown
+from loaders.machine import default_workers
 
 LEAST_SHARE = 0.98  # of the speed on synthetic views
 
@@ -68,46 +71,47 @@ class EndToEndOptions:
                 raise unknown("peer", name, PEERS)
 
 
-def endless(loader: Loader) -> Iterator[Batch]:
-    """The loader's batches, epoch after epoch."""
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch, ahead=True)
-        epoch += 1
+class Training:
+    """Training in blocks of steps; `warm` uncounted steps go before each block."""
 
-
-class Own:
-    """The trainer on a loader's batches. `warm` steps go before each block."""
-
-    def __init__(self, trainer: Trainer, loader: Loader, clock: bottleneck.StepClock):
-        self.trainer, self.clock, self.num_views = trainer, clock, trainer.spec.K
-        self.batches, self.warm = endless(loader), len(loader.slots) + 1
+    num_views: int
+    warm: int
 
     def begin(self) -> None:
-        pass
+        """Prepare a block."""
+
+    def step(self) -> None:
+        """Take a step."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Leave nothing running behind a block."""
+
+
+class OwnTraining(Training):
+    """This project's training step on a loader's batches."""
+
+    def __init__(self, setup: Setup, loader: Loader, clock: StepClock):
+        self.setup, self.clock, self.num_views = setup, clock, setup.spec.K
+        self.batches, self.warm, self.steps = endless(loader), len(loader.slots) + 1, 0
 
     def step(self) -> None:
         batch = next(self.batches)
         with self.clock:
-            self.trainer._advance(batch)
-
-    def end(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.batches.close()
+            self.setup.step(batch, self.setup.progress(self.steps))
+        self.steps += 1
 
 
-class Other:
-    """A peer with its loader, which has every block's batches to make, and some more, so that it is never idle."""
+class PeerTraining(Training):
+    """A peer with its loader, which makes the batches of each block and some more, so that it is never idle."""
 
-    def __init__(self, peer: Peer, trainer: Trainer, steps: int, workers: int):
-        data, device = trainer.config.data, trainer.device
-        self.num_views = peer.num_views(trainer.spec.K)
-        self.train = peer.step(trainer.config.model.backbone, data.size, device)
+    def __init__(self, peer: Peer, setup: Setup, steps: int, workers: int):
+        data, device = setup.config.data, setup.device
+        self.num_views = peer.num_views(setup.spec.K)
+        self.train = peer.step(setup.config.model.backbone, data.size, device)
         ahead = 2 * workers  # batches, torch's default
         self.warm = ahead + 1
-        options = {"batch_size": trainer.loader.batch_size, "num": self.warm + steps + ahead, "workers": workers}
+        options = {"batch_size": setup.loader.batch_size, "num": self.warm + steps + ahead, "workers": workers}
         self.round = peer.batches(Path(data.data), self.num_views, data.size, device=str(device), **options)
 
     def begin(self) -> None:
@@ -120,96 +124,87 @@ class Other:
         for _views in self.views:
             pass
 
-    def close(self) -> None:
-        pass
 
-
-def others(config: EndToEndOptions, trainer: Trainer) -> tuple[dict[str, Other], dict[str, str]]:
-    """The peers that can run here, and why the rest cannot. Raises UserError for training that they do not do."""
+def peer_trainings(config: EndToEndOptions, setup: Setup) -> tuple[dict[str, Training], dict[str, str]]:
+    """The peers that can run here, and why the rest cannot. Raises UserError for training that peers do not do."""
     if not config.peers:
         return {}, {}
-    if trainer.config.model.method not in ("fastsiam", "simsiam"):
-        raise UserError(f"--peers train FastSiam and SimSiam, not {trainer.config.model.method}: leave it out")
-    if not Path(trainer.config.data.data).is_file():
-        raise UserError(f"--peers read one .beton file, not {trainer.config.data.data}: give one")
+    if setup.config.model.method not in ("fastsiam", "simsiam"):
+        raise UserError(f"--peers train FastSiam and SimSiam, not {setup.config.model.method}: leave it out")
+    if not Path(setup.config.data.data).is_file():
+        raise UserError(f"--peers read one .beton file, not {setup.config.data.data}: give one")
     skipped = {name: why for name in config.peers if (why := PEERS[name].missing())}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = config.peer_workers or cores
+    workers = config.peer_workers or default_workers(torch.device("cpu"))
     names = [name for name in config.peers if name not in skipped]
-    return {name: Other(PEERS[name], trainer, config.steps, workers) for name in names}, skipped
+    return {name: PeerTraining(PEERS[name], setup, config.steps, workers) for name in names}, skipped
 
 
-def measure(config: EndToEndOptions, trainer: Trainer) -> Report:
-    """Interleaved blocks of steps, seconds each, and what the loader did in its own."""
-    loader = trainer.loader
+def measure(config: EndToEndOptions, setup: Setup) -> Report:
+    """Interleaved blocks of steps, seconds each, and where the time of the loader's blocks went."""
+    loader = setup.loader
     synthetic = Loader(
-        trainer.reader,
-        trainer.spec,
+        setup.reader,
+        setup.spec,
         batch_size=loader.batch_size,
-        device=trainer.device,
+        device=setup.device,
         backend="synthetic",
         prefetch=len(loader.slots) - 1,
         dtype=loader.dtype,
     )
-    clock = bottleneck.StepClock(trainer.device)
-    who, skipped = others(config, trainer)  # first, as their workers are copies of this process: before it has threads
+    clock = StepClock(setup.device)
+    # Peers come first: their workers are copies of this process, made before it has threads.
+    who, skipped = peer_trainings(config, setup)
     seconds: dict[str, list[float]] = {name: [] for name in (*who, "loader", "synthetic")}
-    taken = dict.fromkeys(loader.stats.snapshot(), 0.0)
-    network = 0.0
+    times = StageTimes(loader, clock)
     with synthetic:
-        who |= {"loader": Own(trainer, loader, clock), "synthetic": Own(trainer, synthetic, clock)}
-        for number in range(config.repeats + 1):
-            for name, contestant in who.items():
-                contestant.begin()
-                for _ in range(contestant.warm):
-                    contestant.step()
+        who |= {"loader": OwnTraining(setup, loader, clock), "synthetic": OwnTraining(setup, synthetic, clock)}
+        for number in range(config.repeats + 1):  # the first round compiles, warms up
+            for name, training in who.items():
+                training.begin()
+                for _ in range(training.warm):
+                    training.step()
                 synchronize()
-                before, network_before, start = loader.stats.snapshot(), clock.take(), time.perf_counter()
+                times.start()
+                start = time.perf_counter()
                 for _ in range(config.steps):
-                    contestant.step()
+                    training.step()
                 synchronize()
-                elapsed = time.perf_counter() - start
-                if number:  # the first round compiles, warms up
-                    seconds[name].append(elapsed)
-                if number and name == "loader":
-                    after = loader.stats.snapshot()
-                    taken = {key: taken[key] + after[key] - before[key] for key in taken}
-                    network += clock.take() - network_before
-                contestant.end()
-        for contestant in who.values():
-            contestant.close()
+                if number:
+                    seconds[name].append(time.perf_counter() - start)
+                    if name == "loader":
+                        times.stop()
+                training.end()
     images = config.steps * loader.batch_size
+    report = times.report(images * config.repeats, sum(seconds["loader"]))
     rates = {name: [images / s for s in values] for name, values in seconds.items()}
-    share = ratio(rates["loader"], rates["synthetic"])
-    report = bottleneck.report(
-        taken,
-        images=images * config.repeats,
-        seconds=sum(seconds["loader"]),
-        network_seconds=network,
-        workers=loader.workers,
-        on_gpu=trainer.device.type == "cuda",
-    )
-    table = Table(title=f"training, {trainer.config.data.data}, backend {loader.backend.name}", title_justify="left")
-    for column in ("training on", "views", "images/s", "spread", "views/s", "of synthetic", "ours is x", "spread"):
-        table.add_column(column, justify="left" if column == "training on" else "right")
-    rows = []
     views = {name: [who[name].num_views * rate for rate in values] for name, values in rates.items()}
+    share = ratio(rates["loader"], rates["synthetic"])
+    rows: list[dict[str, Any]] = []
     for name in ("loader", "synthetic", *(name for name in who if name in PEERS)):
-        value, speed = figure(rates[name]), figure(views[name])
-        of = share if name == "loader" else None
         faster = ratio(views["loader"], views[name]) if name in PEERS else None
-        of_synthetic = {"loader": f"{share['median']:.3f}", "synthetic": "1"}.get(name, "-")
-        compared = shown(faster), spread(faster) if faster else "-"
-        table.add_row(
-            name, str(who[name].num_views), shown(value), spread(value), shown(speed), of_synthetic, *compared
-        )
-        rows.append({"views_from": name, "num_views": who[name].num_views, "images_per_s": value})
-        rows[-1] |= {"views_per_s": speed, "of_synthetic": of, "ours_over": faster}
-    hours = trainer.total_steps * loader.batch_size / report.images_per_s
-    rows.append({"ms_per_image": report.stages, "capacity": report.capacity, "limit": report.limit})
-    about = {"training": dataclasses.asdict(trainer.config), "hours_in_all": hours / 3600}
+        rows.append({"views_from": name, "num_views": who[name].num_views, "images_per_s": figure(rates[name])})
+        rows[-1] |= {"views_per_s": figure(views[name]), "of_synthetic": share if name == "loader" else None}
+        rows[-1]["ours_over"] = faster
+    hours = setup.total_steps * loader.batch_size / report.images_per_s
+    title = f"training, {setup.config.data.data}, backend {loader.backend.name}"
     aim = verdict("speed with the loader, of that on synthetic views", share["median"], LEAST_SHARE)
-    return Report(rows, [table, *report.lines(hours), aim], skipped, about)
+    tables = [table(title, rows), *report.lines(hours), aim]
+    rows.append({"ms_per_image": report.stages, "capacity": report.capacity, "limit": report.limit})
+    about = {"training": dataclasses.asdict(setup.config), "hours_in_all": hours / 3600}
+    return Report(rows, tables, skipped, about)
+
+
+def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows for people."""
+    made = Table(title=title, title_justify="left")
+    for column in ("training on", "views", "images/s", "spread", "views/s", "of synthetic", "ours is x", "spread"):
+        made.add_column(column, justify="left" if column == "training on" else "right")
+    for row in rows:
+        name, value, over = row["views_from"], row["images_per_s"], row["ours_over"]
+        of = "1" if name == "synthetic" else shown(row["of_synthetic"])
+        cells = (str(row["num_views"]), shown(value), spread(value), shown(row["views_per_s"]), of)
+        made.add_row(name, *cells, shown(over), spread(over) if over else "-")
+    return made
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,12 +223,9 @@ def main(argv: list[str] | None = None) -> int:
         console = Console()
         if not console.is_terminal:
             console.width = FILE_WIDTH
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(parse([*rest, "--out", f"{folder}/none"]), Console(quiet=True))
-            try:
-                report = measure(config, trainer)
-            finally:
-                trainer.loader.close()
+        training = parse(rest)
+        with Setup(training, *join(training)) as setup:
+            report = measure(config, setup)
         for item in report.tables:
             console.print(item, highlight=False)
         for who, why in report.skipped.items():

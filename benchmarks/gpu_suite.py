@@ -1,10 +1,10 @@
-"""Everything here that needs a GPU, in one command of less than nine minutes, and one record of what it showed.
+"""All checks and measurements that need a GPU, in one command of less than nine minutes, with one record.
 
     python -m benchmarks.gpu_suite [--data TRAIN.beton] [--out RECORD.md] [--minutes 9]
     python -m benchmarks.gpu_suite --only cifar --cifar TRAIN.beton VAL.beton
 
-Parts, each a command of its own with a limit of time, the most important first; one that fails or does not fit is named
-and the others go on. `--only NAMES` in a second call takes what did not fit into the first.
+Each part is a command of its own with a limit of time, the most important first. A part that fails or does not fit is
+named, and the others go on. A second call with `--only NAMES` takes parts that did not fit into the first.
 
     tests          python -m pytest -m gpu: conformance of all backends on the device, compiled augmentation against
                    plain, training in fp16, bf16 and fp32 with exact resume, no host sync in loader or step
@@ -22,9 +22,9 @@ and the others go on. `--only NAMES` in a second call takes what did not fit int
     cifar          with --cifar only, and beyond --minutes: fastsiam-cifar10-200ep from start to end, kNN and minutes
 
 Parts whose package is missing are passed over by name. The lines "aim: ..." of all parts, with pass or FAIL, are at the
-head of the record; a missed aim is a finding, not a failure of the suite.
-Without --data it makes 512 pictures of ImageNet's size. The record goes to benchmarks/records/ unless --out says
-otherwise. Where there is no CUDA device the command says so in one line, does nothing, and exits with status 0.
+head of the record; a missed aim is a finding, not a failure of the suite. Without --data the suite makes 512 pictures
+of ImageNet's size. The record goes to benchmarks/records/ unless --out says otherwise. Without a CUDA device the
+command says so in one line and exits with status 0.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ class Part:
     name: str
     command: tuple[str, ...]
     seconds: float
-    missing: str | None = None  # why it cannot run here
-    own_time: bool = False  # its seconds are not part of --minutes
+    missing: str | None = None  # why the part cannot run here
+    own_time: bool = False  # seconds beyond --minutes
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of it."""
+    """The outcome of a part."""
 
     part: Part
     status: str  # ok, passed over, failed, stopped, not begun; and why
@@ -110,7 +110,7 @@ class Outcome:
 
 
 def parts(data: Path, cifar: tuple[Path, Path] | None = None) -> list[Part]:
-    """What is to be done, the most important first."""
+    """All parts, the most important first."""
     module = (sys.executable, "-m")
     ours = ("--only", "cpu", "cpu-crops", "dali", "dali-crops", "resident", "resident-crops", "pil", "dali-full")
     e2e = (*module, "benchmarks.e2e", "fastsiam-imagenet-25ep", "--data", str(data), "--repeats", "3")
@@ -152,7 +152,7 @@ def run(part: Part, limit: float) -> Outcome:
     if limit < LEAST_SECONDS:
         return Outcome(part, "not begun: no time left", 0.0, "")
     start = time.monotonic()
-    # A group of processes, so that none of a part's helpers outlives it.
+    # A group of processes, so that no process of a part outlives the part.
     process = subprocess.Popen(
         part.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=os.setpgrp
     )
@@ -172,7 +172,7 @@ def run(part: Part, limit: float) -> Outcome:
 
 
 def cifar_aims(folder: Path) -> list[str]:
-    """What a finished run on CIFAR-10 came to, as aims."""
+    """The results of a finished run on CIFAR-10, as aims."""
     entries = logs.read_metrics(folder / logs.METRICS)
     knn, minutes = max(e["knn"] for e in entries if "knn" in e), max(e.get("seconds", 0) for e in entries) / 60
     return [

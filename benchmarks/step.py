@@ -1,4 +1,4 @@
-"""One training step: what each measure gains, where its time and memory go, and how near it is to what the device can.
+"""One training step: the gain of each measure, where its time and memory go, and its share of the device's own rates.
 
     python -m benchmarks.step [--backbones resnet50 resnet18] [--method fastsiam] [--batch-size 32] [--size 224]
     python -m benchmarks.step --backbones resnet50 --only amp compiled lightly --json step.json
@@ -8,25 +8,25 @@ All contestants of a backbone train on the same views, which lie on the device a
     eager             fp32, NCHW, each view by itself through the network: the loss in plain torch, no compiler
     channels-last     the same in memory format channels_last
     amp               and in mixed precision (--precision)
-    one-pass          and as this project does it: `fastssl.training.step.Step` with --compile off
+    one-pass          and all views in one pass: this project's `fastssl.training.step.Step` with --compile off
     compiled          the same with --compile on: the trainer's default on a GPU
     reduce-overhead   the same with --compile reduce-overhead (CUDA graphs; GPU only)
     lightly, lightly-amp, simsiam     the steps of others: see benchmarks/peers.py
     copy, matmul-fp32, matmul-amp     the device itself: a large copy, a large matrix product
 
 Optimiser (fused SGD), heads and weights at the start are the same in the first six. `ours` is `compiled` on a GPU,
-`one-pass` on a CPU; `x ours` compares times per view, as SimSiam has two views of an image and FastSiam --num-views.
+`one-pass` on a CPU. `x ours` compares times per view, as SimSiam has two views of an image and FastSiam --num-views.
 
 Time on a GPU is the GPU's own, between events; on a CPU it is the CPU time of one thread. Parts (backbone, rest of the
-forward pass, backward pass, optimiser with momentum networks) are timed in steps of their own by events in the stream,
-so that nothing waits for a measurement.
+forward pass, backward pass, optimiser with momentum networks) are timed in separate steps by events in the stream, so
+that nothing waits for a measurement.
 
-    GB saved     kept between forward and backward pass: distinct storages, less the weights
+    GB saved     kept between forward and backward pass, the weights left out (`fastssl.training.memory.Activations`)
     GB peak      GPU only: weights, optimiser, views and the most that was allocated within the step
-    GB moved     what the step's operations read and write if no cache spares it; of eager contestants only, as the
-                 inside of fused operations cannot be seen. GB/s follows, and its share of the device's own copy.
-    TFLOP/s      of the step's operations, those of the same step without compiler for the compiled ones; and their
-                 share of the device's own product. Both are counted by `fastssl.planning.cost.Meter`.
+    GB moved     read and written by the step's operations if no cache helps; for eager contestants only, as the inside
+                 of fused operations cannot be seen. GB/s follows, and its share of the device's own copy.
+    TFLOP/s      operations of the step (of the same step without compiler for compiled ones) per second, and their
+                 share of the device's own product. `fastssl.planning.cost.Meter` counts both.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ from fastssl.config import schema as configs
 from fastssl.device import pick_device, pick_precision
 from fastssl.planning.cost import Meter
 from fastssl.progress import Progress
-from fastssl.training.build import make_method, make_views
+from fastssl.training.build import make_method, make_views, place
+from fastssl.training.memory import Activations
 from fastssl.training.step import Step
 from loaders import Batch, Loader, ViewSpec
 from loaders.dataset import open_data
@@ -79,7 +80,7 @@ class StepOptions:
     backbones: tuple[str, ...] = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "vit-s16")
     """Networks to measure, one after the other."""
     method: Literal["fastsiam", "simsiam"] = "fastsiam"
-    """What is trained. Only of these two is the plain form written out here."""
+    """The method to train: one of the two whose plain form is written out here."""
     num_views: int = 4
     """K of fastsiam."""
     batch_size: int = 32
@@ -91,7 +92,7 @@ class StepOptions:
     steps: int | None = None
     """Steps per round. None: 20 on a GPU, 1 on a CPU."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of the contestants in mixed precision, as for fastssl-train."""
+    """Precision of the contestants in mixed precision, as for fastssl-train."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if there is one."""
     only: tuple[str, ...] = ()
@@ -120,7 +121,7 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes the contestants of this project."""
+    """Settings in which this project's contestants differ."""
 
     channels_last: bool = True
     amp: bool = True
@@ -128,7 +129,7 @@ class Variant:
     compile: Literal["off", "on", "reduce-overhead"] = "off"
 
     def missing(self, config: StepOptions, device: torch.device) -> str | None:
-        """Why it cannot run, or would be another one again."""
+        """Why this variant cannot run, or would repeat another one; None if it can."""
         if self.compile == "reduce-overhead" and device.type == "cpu":
             return "CUDA graphs need a GPU"
         if self.compile != "off" and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -153,25 +154,34 @@ RATES = ("copy", "matmul-fp32", "matmul-amp")
 
 
 @dataclass
-class Contestant:
-    """A training step on views of its own type and format; `timer` if its parts can be told apart; `plain` makes the
-    same without compiler, if it has one."""
+class StepContestant:
+    """A training step on views of its own type and format."""
 
     take: TrainStep
     views: list[Tensor]
     weights: list[Tensor]
     dtype: torch.dtype | None  # of products; None: fp32
-    timer: PartTimer | None = None
-    plain: Callable[[], Contestant] | None = None
-    graphs: bool = False  # CUDA graphs own what is kept, and nobody else may hold it
+    timer: PartTimer | None = None  # where parts can be told apart
+    plain: Callable[[], StepContestant] | None = None  # for compiled steps: makes the same step without compiler
+    graphs: bool = False  # CUDA graphs own the memory that is kept, and nothing else may hold it
     parts_ms: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PARTS})
 
     def __call__(self) -> None:
         self.take(self.views)
 
+    def round(self, steps: int, _number: int) -> None:
+        """So many steps."""
+        for _ in range(steps):
+            self()
+
+    def measure_parts(self, _number: int) -> None:
+        """A step, whose parts' times are added to `parts_ms`."""
+        for part, ms in self.timer.measure(self).items():
+            self.parts_ms[part].append(ms)
+
 
 def train_config(config: StepOptions, backbone: str, variant: Variant) -> configs.RunConfig:
-    """What fastssl-train would be given."""
+    """The configuration of a run that takes these steps."""
     made = configs.typed_config(config.method)()
     made.model.method = config.method
     changes = {"backbone": backbone, "size": config.size, "batch_size": config.batch_size, "lr": LR}
@@ -183,10 +193,10 @@ def train_config(config: StepOptions, backbone: str, variant: Variant) -> config
 
 def ours(
     config: StepOptions, backbone: str, variant: Variant, views: Sequence[Tensor], device: torch.device
-) -> Contestant:
-    """This project's step, or what is left of it in that variant."""
+) -> StepContestant:
+    """This project's step in one of its variants."""
     options = train_config(config, backbone, variant)
-    step = Step(options, make_method(options), device)
+    step = Step(options, place(make_method(options), device), device, pick_precision(options.run.precision, device))
     method = step.method
     memory_format = torch.channels_last if variant.channels_last else torch.contiguous_format
     if not variant.channels_last:
@@ -206,13 +216,13 @@ def ours(
     plain = None
     if variant.compile != "off":
         plain = functools.partial(ours, config, backbone, dataclasses.replace(variant, compile="off"), views, device)
-    return Contestant(
+    return StepContestant(
         take, own_views, list(method.parameters()), dtype, PartTimer(step), plain, variant.compile == "reduce-overhead"
     )
 
 
 def separate_views(method: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """FastSiam's loss, with two views SimSiam's, as one writes it first: view by view, with torch's own functions."""
+    """The plain form of FastSiam's loss (with two views SimSiam's): view by view, with torch's own functions."""
     z = [method.projector(method.backbone(x)) for x in batch.views]
     loss = torch.zeros((), device=z[0].device)
     for i, z_BD in enumerate(z):
@@ -221,22 +231,26 @@ def separate_views(method: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, T
     return loss, {}
 
 
-def peer(config: StepOptions, backbone: str, name: str, views: Sequence[Tensor], device: torch.device) -> Contestant:
-    """Somebody else's step."""
+def peer(
+    config: StepOptions, backbone: str, name: str, views: Sequence[Tensor], device: torch.device
+) -> StepContestant:
+    """A peer's step."""
     step = PEERS[name].step(name=backbone, size=config.size, device=device)
     own_views = [view.float().contiguous() for view in views[: PEERS[name].num_views(len(views))]]
-    return Contestant(step, own_views, list(step.net.parameters()), step.precision.dtype)
+    return StepContestant(step, own_views, list(step.net.parameters()), step.precision.dtype)
 
 
-def make(config: StepOptions, backbone: str, name: str, views: Sequence[Tensor], device: torch.device) -> Contestant:
-    """By name."""
+def make(
+    config: StepOptions, backbone: str, name: str, views: Sequence[Tensor], device: torch.device
+) -> StepContestant:
+    """The contestant called `name`."""
     if name in VARIANTS:
         return ours(config, backbone, VARIANTS[name], views, device)
     return peer(config, backbone, name, views, device)
 
 
 def make_views_on(config: StepOptions, spec: ViewSpec, device: torch.device) -> list[Tensor]:
-    """K views [B, 3, S, S]: of the file's first images, or normally distributed."""
+    """K views [B, 3, S, S] of the file's first images, or random numbers without a file."""
     if config.data is None:
         generator = torch.Generator().manual_seed(0)
         shape = config.batch_size, 3, config.size, config.size
@@ -253,9 +267,9 @@ def make_views_on(config: StepOptions, spec: ViewSpec, device: torch.device) -> 
 
 
 class PartTimer:
-    """Tells the parts of a step apart: stamps where they meet, once `stamps` is a dictionary.
+    """The times of a step's parts: stamps where parts meet, taken while `stamps` is a dictionary.
 
-    The network is wrapped after it was compiled, so a stamp is never part of a graph.
+    The network is wrapped after it was compiled, so no stamp is part of a graph.
     """
 
     def __init__(self, step: Step):
@@ -287,7 +301,7 @@ class PartTimer:
             self.stamps[name] = self.now()
 
     def ms(self, begin: Any, end: Any) -> float:
-        """Between two stamps."""
+        """Milliseconds between two stamps."""
         return begin.elapsed_time(end) if self.cuda else 1000 * (end - begin)
 
     def measure(self, take: Callable[[], object]) -> dict[str, float]:
@@ -308,7 +322,7 @@ class PartTimer:
 
 
 class _Timed(nn.Module):
-    """A network that tells its timer when it is called."""
+    """A network whose calls a timer times."""
 
     def __init__(self, net: nn.Module, timer: PartTimer):
         super().__init__()
@@ -326,31 +340,22 @@ class _Timed(nn.Module):
 # --- Memory and traffic -----------------------------------------------------------------------------------------------
 
 
-def saved_bytes(contestant: Contestant) -> int:
-    """What one step keeps for its backward pass: distinct storages, less weights."""
-    kept: dict[int, int] = {}
-    alive = []  # so that no address is used twice
-
-    def pack(x: Tensor) -> Tensor:
-        alive.append(x.detach())
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+def saved_bytes(contestant: StepContestant) -> int:
+    """Bytes that one step keeps for its backward pass, weights left out."""
+    with (kept := Activations(contestant.weights)):
         contestant()
-    weights = {w.untyped_storage().data_ptr() for w in contestant.weights}
-    return sum(num for address, num in kept.items() if address not in weights)
+    return kept.peak
 
 
-def metered(contestant: Contestant) -> Meter:
+def metered(contestant: StepContestant) -> Meter:
     """The operations and the traffic of one eager step."""
     with Meter() as meter:
         contestant()
     return meter
 
 
-def peak_bytes(contestant: Contestant) -> int | None:
-    """GPU only: what this contestant alone would have needed, at most."""
+def peak_bytes(contestant: StepContestant) -> int | None:
+    """GPU only: the most bytes that this contestant alone would have needed."""
     device = contestant.views[0].device
     if device.type != "cuda":
         return None
@@ -364,7 +369,7 @@ def peak_bytes(contestant: Contestant) -> int | None:
 
 
 def card_bytes(device: torch.device) -> int | None:
-    """GPU only: what is in use on the card, by everybody, with CUDA's own and what the allocator keeps."""
+    """GPU only: bytes in use on the card by all programs, with CUDA's own and what the allocator keeps."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -393,7 +398,7 @@ def matmul(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Ca
 
 
 def measure(config: StepOptions) -> Report:
-    """One training step: what each measure gains, its parts, memory and traffic, and the steps of others."""
+    """One training step: the gain of each measure, its parts, memory and traffic, and the steps of others."""
     device = pick_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -431,7 +436,7 @@ def measure_backbone(
     device: torch.device,
     skipped: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """The rows of one backbone: contestants, and what the device did beside them. Adds to `skipped` who cannot run."""
+    """The rows of one backbone: contestants and the device's own rates. Adds to `skipped` who cannot run."""
     torch.compiler.reset()
     gc.collect()  # the contestants of another backbone, which hold each other
     views = make_views_on(config, make_views(train_config(config, backbone, VARIANTS["eager"])), device)
@@ -447,13 +452,13 @@ def measure_backbone(
     if not who:
         return []
     steps = config.steps or (GPU_STEPS if device.type == "cuda" else 1)
-    rounds = {name: timed_on(device, several(c, steps)) for name, c in who.items()}
+    rounds = {name: timed_on(device, functools.partial(c.round, steps)) for name, c in who.items()}
     rounds |= {name: timed_on(device, function) for name, (function, _) in work.items()}
     runs = interleave(rounds, config.repeats)
     card = card_bytes(device)
     seconds = {n: [r.elapsed_s if device.type == "cuda" else r.cpu_s for r in found] for n, found in runs.items()}
     rates = {name: figure([amount / s for s in seconds[name]]) for name, (_, amount) in work.items()}
-    interleave({n: timed_on(device, parts_round(c)) for n, c in who.items() if c.timer}, config.repeats, warm=True)
+    interleave({n: timed_on(device, c.measure_parts) for n, c in who.items() if c.timer}, config.repeats, warm=True)
     rows = []
     for name, c in who.items():
         s = [value / steps for value in seconds[name]]
@@ -465,22 +470,12 @@ def measure_backbone(
 
 
 def default_of(device: torch.device) -> str:
-    """The contestant that is what fastssl-train does on this device."""
+    """The contestant that trains as fastssl-train does on this device."""
     return "compiled" if device.type == "cuda" else "one-pass"
 
 
-def several(contestant: Contestant, steps: int) -> Callable[[int], None]:
-    """A round of steps."""
-
-    def round_(_number: int) -> None:
-        for _ in range(steps):
-            contestant()
-
-    return round_
-
-
-def row(config: StepOptions, c: Contestant, seconds: list[float], rates: dict[str, dict]) -> dict[str, Any]:
-    """What one contestant's steps took, seconds each, kept, moved and computed."""
+def row(config: StepOptions, c: StepContestant, seconds: list[float], rates: dict[str, dict]) -> dict[str, Any]:
+    """The figures of one contestant, whose steps took `seconds` each."""
     meter, peak = metered(c.plain() if c.plain else c), peak_bytes(c)
     moved = None if c.plain else meter.bytes
     copied, product = rates.get("copy"), rates.get("matmul-amp" if c.dtype else "matmul-fp32")
@@ -502,24 +497,14 @@ def row(config: StepOptions, c: Contestant, seconds: list[float], rates: dict[st
 
 
 def add_ratios(rows: list[dict[str, Any]], default: str) -> None:
-    """`over_ours`: times per view over those of `default`, round by round; None if it was not measured."""
+    """Add `over_ours`: times per view over those of `default`, round by round; None if it was not measured."""
     values = {r["contestant"]: r["ms_per_view"]["values"] for r in rows}
     for r in rows:
         r["over_ours"] = ratio(r["ms_per_view"]["values"], values[default]) if default in values else None
 
 
-def parts_round(contestant: Contestant) -> Callable[[int], None]:
-    """A step whose parts are added to what is known of the contestant's."""
-
-    def round_(_number: int) -> None:
-        for part, ms in contestant.timer.measure(contestant).items():
-            contestant.parts_ms[part].append(ms)
-
-    return round_
-
-
 def tables(config: StepOptions, backbone: str, device: torch.device, rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """One backbone for people: times, and what was done in them."""
+    """The rows of one backbone as tables: times, and memory and rates."""
     rates = {r["contestant"]: r["per_s"]["median"] for r in rows if "per_s" in r}
     device_does = [
         f"{name} {shown(rate / (GB if name == 'copy' else 1e12))} {'GB/s' if name == 'copy' else 'TFLOP/s'}"
@@ -545,7 +530,7 @@ def tables(config: StepOptions, backbone: str, device: torch.device, rows: Seque
 
 
 def aims(backbone: str, device: torch.device, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Whether this project's aims are met: a compiled step on a GPU, one that is no slower than eager on a CPU."""
+    """Lines about this project's aims: a compiled step on a GPU, a step no slower than eager on a CPU."""
     default, least = default_of(device), 1.3 if device.type == "cuda" else 1.0
     eager = next((r for r in rows if r["contestant"] == "amp"), None)
     if eager is None or eager["over_ours"] is None:

@@ -23,7 +23,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); without it bf16 is slower than fp32."""
+    """True for a CPU that multiplies bf16 in hardware (AVX512-BF16 or AMX); on others bf16 is slower than fp32."""
     return any(
         getattr(torch.cpu, test, lambda: False)() for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
@@ -31,10 +31,12 @@ def cpu_has_bf16() -> bool:
 
 @dataclass(frozen=True)
 class Precision:
-    """Autocast type (None: fp32) and whether gradients need scaling, which fp16 does and bf16 does not."""
+    """The number format of forward passes."""
 
     dtype: torch.dtype | None
+    """Autocast type; None: fp32 without autocast."""
     scale: bool
+    """Scale the loss, as gradients in fp16 need and those in bf16 do not."""
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The context that a forward pass runs in."""
@@ -52,7 +54,7 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     """
     if name == "auto":
         if device.type == "cuda":
-            # bf16 "works" on Turing by emulation, several times slower than fp16: ask for the real thing.
+            # Turing emulates bf16, several times slower than fp16: ask for cards that have it in hardware.
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         else:
             name = "bf16" if cpu_has_bf16() else "fp32"

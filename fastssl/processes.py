@@ -1,4 +1,4 @@
-"""Data-parallel runs through torchrun; one process works without any of it."""
+"""Data-parallel runs through torchrun. A single process needs no process group."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,12 +25,12 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """True in the process that writes files and talks to the user."""
         return self.rank == 0
 
 
 def init(device_type: str) -> World:
-    """Join the process group that torchrun describes in the environment (nccl on CUDA, gloo on CPUs)."""
+    """Join the process group that torchrun describes in the environment, with nccl on CUDA and gloo on CPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
@@ -51,7 +52,7 @@ def barrier(world: World) -> None:
 
 
 def any_process(world: World, flag: bool) -> bool:
-    """Whether `flag` is set in any process. All have to ask."""
+    """True if `flag` is set in any process. All processes have to call this."""
     if world.size == 1:
         return flag
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -60,7 +61,7 @@ def any_process(world: World, flag: bool) -> bool:
 
 @contextlib.contextmanager
 def main_first(world: World) -> Iterator[None]:
-    """The main process goes through the block alone, then the others do."""
+    """Let the main process go through the block alone, then the others."""
     if not world.main:
         barrier(world)
     yield
@@ -99,19 +100,19 @@ def gather(x: Tensor) -> Tensor:
 
 class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = len(x)
         return gather(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         # Every process's loss depends on these rows: their gradients add up.
         grad = sum_over_processes(grad.contiguous())
         return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
-    """`gather` through which gradients flow back to the process that each row is from, summed over all losses."""
+    """`gather` with gradients: each row's, summed over all processes' losses, flow back to the process it is from."""
     return x if size() == 1 else _GatherWithGrad.apply(x)
 
 
@@ -146,7 +147,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def own_rows(num: int, device: torch.device) -> Tensor:
-    """[B] int64: where `num` rows of this process are among the gathered ones."""
+    """Positions of this process's `num` rows among the gathered ones, [B] int64."""
     return torch.arange(num, device=device) + rank() * num
 
 

@@ -1,4 +1,4 @@
-"""Where a run stands: what the trainer tells a method's hooks before and after every step."""
+"""The position of a run: what a method's hooks are told before and after every step."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """Share of the run that is done before this step, in [0, 1)."""
+        """The share of the run that is done before this step, in [0, 1)."""
         return self.step / self.steps

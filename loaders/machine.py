@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -23,3 +25,14 @@ def bytes_free(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return 0  # unknown: `auto` will not take it
+
+
+def peak_host_memory(pid: int | None = None) -> int:
+    """The most memory that a process (None: this one) has had resident, bytes."""
+    try:  # Linux's ru_maxrss begins with the parent's peak; this figure does not
+        status = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        if pid is not None:
+            raise
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 import torchvision
 from torch import nn
@@ -16,7 +17,9 @@ from torchvision.models.resnet import BasicBlock
 from fastssl import methods
 from fastssl.config import schema as configs
 from fastssl.config.schema import RunConfig
+from fastssl.progress import Progress
 from fastssl.training.build import make_views
+from fastssl.training.step import Step
 from loaders import Batch, ViewSpec
 
 OPTIONS = {
@@ -27,6 +30,10 @@ OPTIONS = {
     "prototypes": 32,
     "local_size": 32,
 }
+
+
+# Flags of a small FastSiam run; training on the 48 images of `beton` has six steps per epoch.
+SMALL = ["--backbone", "resnet18", "--size", "32", "--batch-size", "8", "--dim", "32", "--predictor-hidden", "8"]
 
 
 class TinyResNet(torchvision.models.ResNet):
@@ -80,3 +87,17 @@ def made(name: str, B: int = 8, **options: object) -> tuple[RunConfig, nn.Module
     config = config_of(name, **options)
     config.method_options.validate()
     return config, method_of(config), batch_of(make_views(config), B)
+
+
+def forbid_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch raise if a training step waits for the GPU, from the third step on: the first ones compile."""
+    take = Step.__call__
+
+    def checked(self: Step, batch: Batch, progress: Progress) -> object:
+        torch.cuda.set_sync_debug_mode("error" if progress.step >= 2 else "default")
+        try:
+            return take(self, batch, progress)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Step, "__call__", checked)

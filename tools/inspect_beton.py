@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from fastssl.cli import run_command
-from fastssl.training.log import summary
+from fastssl.training.log import table
 from loaders.beton import Reader
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def command(arguments: list[str]) -> int:
         config = tyro.cli(InspectOptions, prog="python -m tools.inspect_beton", args=arguments)
-        summary(Console(), str(config.file), describe(Reader(config.file)))
+        table(Console(), str(config.file), describe(Reader(config.file)))
         return 0
 
     return run_command("inspect_beton", command, argv)

@@ -2,13 +2,14 @@
 
     seconds = max(max(bytes / bandwidth, flops / rate) / EFFICIENCY, operations * LAUNCH)
 
-Bytes, flops and operations are those of `cost.work`, every operation by itself. EFFICIENCY is what published trainings
-of ResNet-50 (224 px, mixed precision, channels last, nothing fused by a compiler) reach of the first bound. It is one
-number for three generations of cards, which it reproduces within 6 %; ResNet-34, MobileNetV2 and ResNet-18 on the RTX
-3090, which had no part in it, within 16 %. LAUNCH is assumed. For transformers, and for images too small to fill a
-large card, the figures are optimistic. No training rate in mixed precision and channels last is published for the RTX
-2080 Ti; Lambda found it at 0.55 of a V100 in fp16 over several networks (TensorFlow 1.12, 2019), where the data sheets
-say 0.68: it is taken to reach as much less.
+`cost.step_cost` gives bytes, flops and operations, every operation by itself. EFFICIENCY is the share of the first
+bound that published trainings of ResNet-50 reach (224 px, mixed precision, channels last, nothing fused by a
+compiler). One number serves three generations of cards: derived rates are within 6 % of those published ones, and
+within 16 % for ResNet-34, MobileNetV2 and ResNet-18 on the RTX 3090, which had no part in the number. LAUNCH is
+assumed. For transformers, and for images too small to fill a large card, the figures are optimistic. No training rate
+in mixed precision and channels last is published for the RTX 2080 Ti. Lambda found it at 0.55 of a V100 in fp16 over
+several networks (TensorFlow 1.12, 2019), where the data sheets say 0.68: its EFFICIENCY is taken to be lower by that
+ratio.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastssl.planning.cost import Work
+from fastssl.planning.cost import StepCost
 
 GB, TERA = 1e9, 1e12
 GIB = 2**30
@@ -25,18 +26,18 @@ LAUNCH = 6e-6  # seconds from one operation to the next where they are short: an
 
 @dataclass(frozen=True)
 class Card:
-    """What its maker says."""
+    """A card, by its maker's data sheet."""
 
     name: str
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Bandwidth of its memory, bytes/s."""
     rate: float
     """Dense products in fp16 and bf16 on tensor cores with sums in fp32, operations/s, at boost clock."""
     memory: float
-    """Bytes."""
+    """Memory, bytes."""
     source: str
     reach: float = 1.0
-    """Its share of EFFICIENCY, where something published says that it is another one."""
+    """A factor for EFFICIENCY, 1 unless a publication gives reason for another."""
 
 
 _TURING = "NVIDIA Turing GPU Architecture, WP-09183-001, appendix A (reference clocks)"
@@ -79,21 +80,21 @@ PUBLISHED = (
     Published(card("A100 80 GB"), 2470, _DALI),
     Published(_V100, 1200, _DALI),
 )
-# Of one image of 224 px in a supervised step at batch 64 with SGD (test_cards.py counts it again).
-RESNET50 = Work(flops=24.30e9, bytes=0.4725e9, peak=3.09e9, operations=8.469)
+# One image of 224 px in a supervised step at batch 64 with SGD (test_cards.py counts it again).
+RESNET50 = StepCost(flops=24.30e9, bytes=0.4725e9, peak=3.09e9, operations=8.469)
 
 
-def roofline(card: Card, work: Work) -> tuple[float, str]:
-    """Fewest seconds that an image's computations can take on the card, and what keeps them from being faster."""
-    memory, compute = work.bytes / card.bandwidth, work.flops / card.rate
+def roofline(card: Card, cost: StepCost) -> tuple[float, str]:
+    """Fewest seconds that an image's computations can take on the card, and which of its parts limits them."""
+    memory, compute = cost.bytes / card.bandwidth, cost.flops / card.rate
     return (memory, "bandwidth") if memory >= compute else (compute, "tensor cores")
 
 
 EFFICIENCY = math.prod(p.images_per_s * roofline(p.card, RESNET50)[0] for p in PUBLISHED) ** (1 / len(PUBLISHED))
 
 
-def seconds_per_image(card: Card, work: Work) -> tuple[float, str]:
-    """What an image takes on the card in training, derived, and what limits."""
-    computing, limit = roofline(card, work)
-    launching = work.operations * LAUNCH
+def seconds_per_image(card: Card, cost: StepCost) -> tuple[float, str]:
+    """Seconds of an image in training on the card, derived, and what limits the speed."""
+    computing, limit = roofline(card, cost)
+    launching = cost.operations * LAUNCH
     return max((computing / EFFICIENCY / card.reach, limit), (launching, "launches"))

@@ -1,9 +1,8 @@
-"""What a run costs before it is run: view passes, floating-point operations, memory traffic and memory, counted on
+"""The cost of a run before it is run: view passes, floating-point operations, memory traffic and memory, counted on
 tensors that have no memory.
 
-Nothing is tabled. `cost` is quick and for lists: the method's own forward pass says which images go through the
-backbone, at which size, and whether a gradient comes back. `work` goes through a whole training step, operation by
-operation.
+`cost` is quick and for lists: the method's own forward pass says which images go through the backbone, at which size,
+and whether a gradient comes back. `step_cost` goes through a whole training step, operation by operation.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from fastssl import methods
 from fastssl.config import schema as configs
 from fastssl.config.schema import RunConfig
+from fastssl.device import pick_precision
 from fastssl.networks.backbones import backbone
 from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.progress import Progress
@@ -41,7 +41,7 @@ _TRAINED = 3  # forward, and two products for each of its products in the backwa
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole run."""
+    """The cost of a whole run."""
 
     views: int
     """View passes: images x epochs x views of an image, small crops included."""
@@ -50,7 +50,7 @@ class Cost:
 
     @property
     def hours(self) -> float:
-        """On the assumed card."""
+        """Hours on the assumed card."""
         return self.flops / ASSUMED_FLOPS_PER_S / 3600
 
 
@@ -68,8 +68,8 @@ _counted: dict[str, float] = {}
 
 
 def _flops_per_image(config: RunConfig, spec: ViewSpec) -> float:
-    """Floating-point operations of one image in one step: three times the forward pass of what is trained, once that of
-    what only makes targets; heads and the products in the loss included."""
+    """Floating-point operations of one image in one step: three times the forward pass of networks that are trained,
+    once that of networks that only make targets; heads and the products in the loss included."""
     model, num = config.model.backbone, config.data.batch_size
     calls: Counter = Counter()  # images through the backbone by ((height, width), whether they are trained on)
 
@@ -78,15 +78,15 @@ def _flops_per_image(config: RunConfig, spec: ViewSpec) -> float:
 
     with torch.device("meta"):
         width = _network(model, config.data.size)[1]
-        method = methods.load(config.model.method).Method(_Noted(width, note), width, config.method_options)
+        method = methods.load(config.model.method).Method(_StandIn(width, note), width, config.method_options)
         views = [torch.empty(num, 3, size, size) for size in spec.sizes]
         tiles = None
         if spec.divide > 1:
             sides = [size // spec.divide for size in spec.sizes]
             tiles = [torch.empty(num * spec.divide**2, 3, side, side) for side in sides]
-        with _FlopCounter() as counter:
+        with FlopCounter() as counter:
             method(Batch(views, tiles, torch.empty(num), torch.empty(num)))
-    flops = counter.flops
+    flops = counter.flops + (_TRAINED - 1) * counter.trained_flops
     for (sides, trained), images in calls.items():
         flops += images * _forward(model, config.data.size, sides) * (_TRAINED if trained else 1)
     return flops / num
@@ -103,28 +103,13 @@ def _network(model: str, size: int) -> tuple[nn.Module, int]:
 def _forward(model: str, size: int, sides: tuple[int, int]) -> int:
     """Operations of the forward pass of one image of `sides` px."""
     net, _ = _network(model, size)
-    with torch.no_grad(), _FlopCounter() as counter:
+    with torch.no_grad(), FlopCounter() as counter:
         net.eval()(torch.empty(1, 3, *sides, device="meta"))
     return counter.flops
 
 
-class _FlopCounter(TorchDispatchMode):
-    """Adds up what torch counts for each operation, with its backward pass where gradients are on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out) * (_TRAINED if torch.is_grad_enabled() else 1)
-        return out
-
-
-class _Noted(nn.Module):
-    """Stands in for a backbone: features of its width, and a note of every call."""
+class _StandIn(nn.Module):
+    """A stand-in for a backbone: features of the same width, and a note of every call."""
 
     def __init__(self, width: int, note: Callable[[Tensor], None]):
         super().__init__()
@@ -140,8 +125,8 @@ class _Noted(nn.Module):
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one training step asks of the device if every operation is done by itself, as eager torch does them."""
+class StepCost:
+    """The cost of one training step if every operation is done by itself, as eager torch does."""
 
     flops: float
     """Floating-point operations per image, forward and backward, a multiplication and an addition counting as two."""
@@ -150,65 +135,85 @@ class Work:
     peak: float
     """Most memory that is in use at once during the step, bytes: weights, gradients, optimiser, activations."""
     operations: float
-    """Operations per image that the device is asked for, one by one."""
+    """Operations per image that the device is asked for."""
 
 
-def work(config: RunConfig) -> Work:
-    """`Work` of a step of `config`, with half precision where autocast has it: counted on tensors without memory.
+def step_cost(config: RunConfig) -> StepCost:
+    """The cost of a step of `config`, with half precision where autocast uses it, counted on tensors without memory.
 
-    It is the run's own `Step`, so that momentum copies, micro-batches and recomputed activations count as they are.
+    The step is the run's own `Step`, with its momentum copies, micro-batches and recomputed activations.
     """
-    config = configs.replace(config, precision="bf16", compile="off", sync_bn=False)
+    config = configs.replace(config, compile="off", sync_bn=False)
     spec, num = make_views(config), config.data.batch_size
     cpu = torch.device("cpu")  # where fake tensors pretend to be: autocast does not know the meta device
     with torch.device("meta"):
         method = make_method(config)
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a real step would say, it says when it is run
+        warnings.simplefilter("ignore")  # the real step gives its own warnings
         method.to_empty(device=cpu)
-        method.to = lambda *_, **__: method  # is there already, and fake weights cannot be converted
-        step = Step(config, method, cpu)
-        # Groups move as many bytes as one, once they are fused.
+        step = Step(config, method, cpu, pick_precision("bf16", cpu))
+        # Once fused, groups move as many bytes as one group.
         group_batch_norm(step.method, joint=True, splits=1, images=None)
         views = [torch.empty(num, size, size, 3).permute(0, 3, 1, 2).bfloat16() for size in spec.sizes]
         tiles = [divide(view, spec.divide) for view in views] if spec.divide > 1 else None
         batch = Batch(views, tiles, torch.arange(num), torch.zeros(num, dtype=torch.int64))
         with Meter((step.method.state_dict(), step.optimizer.state_dict(), views, tiles)) as meter:
             step(batch, Progress(0, 1, 1))
-    return Work(meter.flops / num, meter.bytes / num, meter.peak, meter.operations / num)
+    return StepCost(meter.flops / num, meter.bytes / num, meter.peak, meter.operations / num)
 
 
-class Meter(TorchDispatchMode):
-    """Adds up floating-point operations, memory traffic and living memory of everything that is computed inside.
+class FlopCounter(TorchDispatchMode):
+    """Floating-point operations of everything that is computed in a `with` block, by torch's own formulas.
 
-    Convolutions and matrix products touch each operand once. BatchNorm goes over what it reads twice, as it needs the
-    statistics first. Views, copies of nothing and allocations cost nothing. `existing`: tensors, in containers, whose
-    memory is in use from the beginning.
+    torch's FlopCounterMode does not tell what runs with gradients from what does not, and takes the backward pass of a
+    grouped convolution for that of a dense one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.trained_flops = 0
+        """Those of operations that ran with gradients switched on."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet, flops = func.overloadpacket, 0
+        if packet is aten.convolution_backward:
+            flops = _convolution_backward(*args)
+        elif packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+        self.flops += flops
+        self.trained_flops += flops if torch.is_grad_enabled() else 0
+        return out
+
+
+class Meter(FlopCounter):
+    """Floating-point operations, memory traffic and memory in use of everything that is computed in a `with` block.
+
+    Convolutions and matrix products touch each operand once. BatchNorm reads its input twice, as it needs the
+    statistics first. Views, empty copies and allocations cost nothing. `existing`: tensors, in containers, whose memory
+    is in use from the beginning.
     """
 
     def __init__(self, existing: Any = ()) -> None:
         super().__init__()
-        self.flops, self.bytes, self.peak, self.operations = 0, 0, 0, 0
+        self.bytes, self.peak, self.operations = 0, 0, 0
         self._living: dict[int, int] = {}  # bytes by storage
         self._in_use = 0
         self._note(existing)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         self._note(out)
         packet = func.overloadpacket
-        if packet is aten.convolution_backward:
-            self.flops += _convolution_backward(*args)
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         if not func.is_view and packet not in _FREE:
             self.operations += 1
             self.bytes += (2 if packet in _TWICE else 1) * _bytes((args, kwargs)) + _bytes(out)
         return out
 
     def _note(self, values: Any) -> None:
-        """Memory that is not known yet is in use until it is freed."""
+        """Count memory that is not known yet, until it is freed."""
         for tensor in _tensors(values):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._living:
@@ -228,7 +233,7 @@ _TWICE = {aten.native_batch_norm, aten.native_batch_norm_backward, aten._native_
 
 
 def _convolution_backward(grad: Tensor, _x: Tensor, weight: Tensor, *rest: Any) -> int:
-    """Operations of the gradients that are asked for. (torch's own count takes grouped convolutions for dense ones.)"""
+    """Operations of those gradients (of input and weight) that are asked for."""
     *_, mask = rest
     return 2 * grad.numel() * weight[0].numel() * sum(mask[:2])
 

@@ -1,4 +1,4 @@
-"""What a run is made of: how often it has each of its parts, and the seconds that they add up to."""
+"""The schedule of a run: how often each of its parts occurs, and the seconds that they add up to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastssl.training.build import make_views
 
 @dataclass(frozen=True)
 class Range:
-    """A figure, and the lowest and the highest that it was in blocks of the measurement."""
+    """A figure with its lowest and highest value in the blocks of the measurement."""
 
     value: float
     low: float
@@ -32,8 +32,8 @@ def exactly(value: float) -> Range:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Seconds, measured."""
+class Timings:
+    """Measured seconds of a run's parts."""
 
     loop: Mapping[int, Range]
     """One step of the training loop, by size of the views."""
@@ -42,7 +42,7 @@ class Costs:
     files: float = 0.0
     """Writing what the run folder holds besides checkpoints: the views at the start, weights and curves at the end."""
     checkpoint: float = 0.0
-    """Writing one."""
+    """Writing one checkpoint."""
     knn: float = 0.0
     """One evaluation of the monitor."""
 
@@ -53,16 +53,17 @@ def at_size(config: RunConfig, size: int) -> RunConfig:
 
 
 def waiting_bytes(config: RunConfig) -> int:
-    """Of the batches of views that the loader keeps ready on a GPU, at most, in half precision."""
-    if config.run.micro_batch is not None:  # made when they are asked for
+    """Most bytes of views that the loader keeps ready on a GPU, in half precision."""
+    if config.run.micro_batch is not None:  # then views are made when they are asked for
         return 0
     pixels = max(sum(side**2 for side in make_views(config, size).sizes) for size in configs.sizes(config))
     return 2 * 3 * pixels * config.data.batch_size * config.data.prefetch
 
 
 def steps_by_size(config: RunConfig, steps_per_epoch: int) -> Counter[int]:
-    """How many steps the run makes with views of each size."""
-    epochs, steps = config.optim.epochs, Counter()
+    """Steps of the run with views of each size."""
+    epochs = config.optim.epochs
+    steps: Counter[int] = Counter()
     left = min(epochs * steps_per_epoch, config.run.max_steps or epochs * steps_per_epoch)
     for epoch in range(epochs):
         steps[configs.size_at(config, epoch)] += min(left, steps_per_epoch)
@@ -70,13 +71,13 @@ def steps_by_size(config: RunConfig, steps_per_epoch: int) -> Counter[int]:
     return +steps  # without zeros
 
 
-def parts(config: RunConfig, costs: Costs, steps_per_epoch: int) -> dict[str, tuple[int, Range]]:
-    """What the run consists of: how often, and seconds in all."""
+def parts(config: RunConfig, timings: Timings, steps_per_epoch: int) -> dict[str, tuple[int, Range]]:
+    """The parts of the run, each with its number and its seconds in all."""
     by_size = steps_by_size(config, steps_per_epoch)
     steps = sum(by_size.values())
-    training = sum((costs.loop[size] * num for size, num in by_size.items()), exactly(0))
-    epochs = -(-steps // steps_per_epoch)  # begun
-    # One at the end of each epoch, others by the clock in between.
+    training = sum((timings.loop[size] * num for size, num in by_size.items()), exactly(0))
+    epochs = -(-steps // steps_per_epoch)  # epochs that are begun
+    # A checkpoint at the end of each epoch, others by the clock in between.
     saves, minutes = epochs, config.run.checkpoint_minutes
     if minutes:
         saves += epochs * int(training.value / epochs / (60 * minutes))
@@ -85,13 +86,13 @@ def parts(config: RunConfig, costs: Costs, steps_per_epoch: int) -> dict[str, tu
     monitored = monitored if config.data.val else 0
     return {
         "training": (steps, training),
-        "kNN": (monitored, exactly(monitored * costs.knn)),
-        "checkpoints": (saves, exactly(saves * costs.checkpoint)),
-        "start": (len(by_size), exactly(sum(costs.start[size] for size in by_size))),
-        "files": (1, exactly(costs.files)),
+        "kNN": (monitored, exactly(monitored * timings.knn)),
+        "checkpoints": (saves, exactly(saves * timings.checkpoint)),
+        "start": (len(by_size), exactly(sum(timings.start[size] for size in by_size))),
+        "files": (1, exactly(timings.files)),
     }
 
 
-def total(config: RunConfig, costs: Costs, steps_per_epoch: int) -> Range:
+def total(config: RunConfig, timings: Timings, steps_per_epoch: int) -> Range:
     """Seconds of the whole run."""
-    return sum((seconds for _, seconds in parts(config, costs, steps_per_epoch).values()), exactly(0))
+    return sum((seconds for _, seconds in parts(config, timings, steps_per_epoch).values()), exactly(0))

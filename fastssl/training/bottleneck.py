@@ -1,85 +1,51 @@
-"""Where the time goes and what limits the speed: the stages of the pipeline side by side, per image.
+"""The bottleneck report: how long each stage of the pipeline takes per image, and which resource limits the speed.
 
-    read, decode, crop, augment    on the loader's threads, side by side with everything else
+    read, decode, crop, augment    on the loader's threads, at the same time as everything else
     copy, GPU augment              launched by the feeder thread; done by the GPU beside the network
     network                        forward, backward, step
-    wait                           the training loop without a batch: the part of the loader that was not hidden
+    wait                           the training loop without a batch: loading that the other stages do not hide
 
-Stages that run side by side do not add up: the slowest resource sets the pace, the second slowest says how much there
-is to win before something else limits.
+Stages that run at the same time do not add up. The slowest resource sets the pace; the second slowest says how much
+faster training can become before another resource limits it.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from fastssl.training.log import duration, figures
+from fastssl.training.stopwatch import StepClock
+from loaders import Loader
 
 HOST_STAGES = ("read", "decode", "crop", "augment")
 
 
-class StepClock:
-    """Seconds that the network itself took: a `with` block around each step, `take` now and then.
-
-    On a GPU the block is timed by events in the stream, which start when its batch is there; nothing waits for them
-    until `take`, which must be called when the device is at rest anyway.
-    """
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.seconds = 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def _now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> None:
-        self.begun = self._now()
-
-    def __exit__(self, *exc: object) -> None:
-        if self.cuda:
-            self.events.append((self.begun, self._now()))
-        else:
-            self.seconds += self._now() - self.begun
-
-    def take(self) -> float:
-        """Seconds since it was made, over all blocks."""
-        for begin, end in self.events:
-            end.synchronize()
-            self.seconds += begin.elapsed_time(end) / 1000
-        self.events.clear()
-        return self.seconds
-
-
 @dataclass(frozen=True)
-class Report:
-    """Milliseconds per image of each stage, and what follows from them. All figures are of one process."""
+class BottleneckReport:
+    """Milliseconds per image of each stage, and what follows from them, for one process."""
 
-    stages: dict[str, float]  # ms per image, as in the module's docstring
-    capacity: dict[str, float]  # images/s that each resource could do if it were alone
-    images_per_s: float  # what was done
+    stages: dict[str, float]
+    """Milliseconds per image, by the names of the module's docstring."""
+    capacity: dict[str, float]
+    """Images/s that each resource could do alone."""
+    images_per_s: float
 
     @property
     def limit(self) -> str:
         """The resource that sets the pace."""
-        return min(self.capacity, key=self.capacity.get)
+        return self._slowest()[0]
 
     @property
     def next_limit(self) -> str | None:
-        """The one that would, if the first were infinitely fast."""
-        rest = {k: v for k, v in self.capacity.items() if k != self.limit}
-        return min(rest, key=rest.get) if rest else None
+        """The resource that would set the pace if the first were infinitely fast."""
+        return next(iter(self._slowest()[1:]), None)
+
+    def _slowest(self) -> list[str]:
+        return sorted(self.capacity, key=lambda name: self.capacity[name])
 
     def lines(self, seconds_to_go: float | None = None) -> list[str]:
-        """For people: the stages, and what they mean."""
+        """Two lines for people: the stages, and what follows from them."""
         stages = "  ".join(f"{name} {_ms(ms)}" for name, ms in self.stages.items() if ms or name in ("network", "wait"))
         meaning = f"limit: {self.limit} ({figures(self.capacity[self.limit])} images/s alone)"
         if self.next_limit is not None:
@@ -89,12 +55,42 @@ class Report:
         return [f"ms per image: {stages}", meaning]
 
 
+class StageTimes:
+    """Seconds of the loader's stages and of the network between `start` and `stop`, added up. Starts when made."""
+
+    def __init__(self, loader: Loader, clock: StepClock):
+        self.loader, self.clock, self.network = loader, clock, 0.0
+        self.stats = dict.fromkeys(loader.stats.snapshot(), 0.0)
+        self.start()
+
+    def start(self) -> None:
+        """Begin to count."""
+        self._stats, self._network = self.loader.stats.snapshot(), self.clock.take()
+
+    def stop(self) -> None:
+        """Count no further."""
+        for name, value in self.loader.stats.snapshot().items():
+            self.stats[name] += value - self._stats[name]
+        self.network += self.clock.take() - self._network
+
+    def report(self, images: int, seconds: float) -> BottleneckReport:
+        """The report of this time, in which `seconds` of training went over `images` images."""
+        return report(
+            self.stats,
+            images=images,
+            seconds=seconds,
+            network_seconds=self.network,
+            workers=self.loader.workers,
+            on_gpu=self.loader.device.type == "cuda",
+        )
+
+
 def report(
     stats: Mapping[str, float], *, images: int, seconds: float, network_seconds: float, workers: int, on_gpu: bool
-) -> Report:
-    """What `seconds` of training on `images` images say.
+) -> BottleneckReport:
+    """The report of `seconds` of training on `images` images.
 
-    stats: the increase of the loader's `Stats` over that time; its own `images` may be some batches ahead.
+    stats: the increase of the loader's `Stats` over that time; the loader may be some batches ahead of training.
     workers: threads of the loader. Raises ZeroDivisionError without an image.
     """
     ahead = stats["images"] or images
@@ -112,7 +108,7 @@ def report(
     if on_gpu:
         used["augmentation on the GPU"] = stages["GPU augment"]
     capacity = {name: 1000 / ms for name, ms in used.items() if ms > 0}
-    return Report(stages, capacity, images / seconds)
+    return BottleneckReport(stages, capacity, images / seconds)
 
 
 def _ms(value: float) -> str:

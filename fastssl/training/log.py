@@ -1,4 +1,4 @@
-"""What a run says while it runs and leaves behind: live line, metrics.jsonl, views.png, curves.png."""
+"""The log of a run: live line, metrics.jsonl, views.png, curves.png."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def duration(seconds: float) -> str:
 
 
 def figures(value: float) -> str:
-    """Three figures where they say something: 2.54, 25.4, 254, 2,540."""
+    """A number with three digits or more: 2.54, 25.4, 254, 2,540."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 class Log:
-    """One live line on a terminal (a plain one now and then elsewhere), and every entry in metrics.jsonl."""
+    """One live line on a terminal, or a plain one now and then elsewhere, and every entry in metrics.jsonl."""
 
     def __init__(self, folder: Path, console: Console | None = None):
         self.console = console or Console()
@@ -45,14 +45,14 @@ class Log:
         self.live: Live | None = None
         self.last_plain = -math.inf
 
-    def start(self) -> None:
-        """Take over the last line of the terminal."""
+    def __enter__(self) -> Log:
+        """Take over the last line of the terminal, up to the end of the block."""
         if self.console.is_terminal:
             self.live = Live(Text(""), console=self.console, refresh_per_second=4, transient=False)
             self.live.start()
+        return self
 
-    def stop(self) -> None:
-        """Give it back."""
+    def __exit__(self, *exc: object) -> None:
         if self.live is not None:
             self.live.stop()
             self.live = None
@@ -88,13 +88,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop what was logged after `step`: a resumed run logs it again."""
+    """Drop entries after `step`: a resumed run logs these steps again."""
     entries = [e for e in read_metrics(path) if e.get("step", 0) <= step]
     path.write_text("".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8")
 
 
 def save_views(path: Path, views: list[torch.Tensor], mean: tuple, std: tuple, *, num_images: int = 8) -> None:
-    """A grid of what the network sees: one row per image, one column per view, as normalisation is undone."""
+    """Draw what the network sees: a row for each image, a column for each view, without normalisation."""
     from PIL import Image
 
     num_images = min(num_images, len(views[0]))
@@ -113,7 +113,7 @@ def save_views(path: Path, views: list[torch.Tensor], mean: tuple, std: tuple, *
 
 
 def save_curves(path: Path, entries: list[dict[str, Any]], healthy_std: float) -> None:
-    """Loss, feature std, kNN accuracy and speed over the run."""
+    """Draw loss, feature std, kNN accuracy and speed over the run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,11 +141,11 @@ def save_curves(path: Path, entries: list[dict[str, Any]], healthy_std: float) -
     plt.close(figure)
 
 
-def summary(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+def table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
     """Print a two-column table."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
+    shown = Table(title=title, show_header=False, title_justify="left")
+    shown.add_column(style="bold")
+    shown.add_column()
     for name, value in rows:
-        table.add_row(name, value)
-    console.print(table)
+        shown.add_row(name, value)
+    console.print(shown)

@@ -1,36 +1,37 @@
-"""What a training step keeps in memory, part by part, and the largest micro-batch that fits."""
+"""Memory of a training step, part by part, and the largest micro-batch that fits."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import math
-import resource
-import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from fastssl.config.schema import RunConfig
+from fastssl.methods.base import Metrics
 from fastssl.networks.micro_batch import use_micro_batches
 from fastssl.progress import Progress
+from fastssl.training.build import make_views
 from fastssl.training.step import Step
 from loaders import Batch, Loader
 from loaders.errors import UserError
-from loaders.machine import bytes_free
+from loaders.machine import bytes_free, peak_host_memory
 
-_SHARE = 0.95  # of the memory may be planned for; what is left is lost between the allocator's blocks
+_SHARE = 0.95  # share of the memory that a step may use; the rest is lost between the allocator's blocks
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # torch's own error, and that of CUDA's libraries
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Memory of one process, bytes."""
+class StepMemory:
+    """Memory of a training step in one process, bytes, part by part."""
 
     weights: int
     """Parameters and buffers, momentum networks apart."""
@@ -39,10 +40,10 @@ class Parts:
     gradients: int
     optimiser: int
     activations: int
-    """What the forward pass keeps for the backward pass, at most; with micro-batches that of one of them. Blocks that
-    are computed again count with their input; weights in half precision are counted here."""
+    """The most that the forward pass keeps for the backward pass, with micro-batches that of one micro-batch. Blocks
+    that are computed again count with their input. Copies of the weights in half precision are counted here."""
     views: int
-    """Of all batches that are being trained on, ready, or being made."""
+    """Views of all batches that are being trained on, ready, or being made."""
     loader: int
     """Crops before augmentation and decoded images, on the host or (backends resident and dali) on the GPU."""
     peak: int | None
@@ -50,7 +51,7 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """Peak of the GPU, or the parts together, loader apart."""
+        """The GPU's peak; on a CPU the sum of all parts but the loader's."""
         values = dataclasses.asdict(self)
         return values.pop("peak") or sum(values.values()) - self.loader
 
@@ -63,10 +64,10 @@ class Parts:
 
 def measured_step(
     step: Step, batch: Batch, progress: Progress, loader: Loader | None = None
-) -> tuple[tuple[Tensor, dict[str, Tensor]], Parts]:
-    """What `step(batch, progress)` returns, and the memory that it took; without `loader`, of `batch` alone.
+) -> tuple[tuple[Tensor, Metrics], StepMemory]:
+    """Take a step. Returns what `step(batch, progress)` returns, and the memory of it.
 
-    The step computes what it always does, and waits for nothing.
+    The step computes what it always does, and waits for nothing. Without `loader` only the batch's own views count.
     """
     method, on_gpu = step.method, step.device.type == "cuda"
     before = _bytes(_tensors(step.optimizer.state))
@@ -78,11 +79,11 @@ def measured_step(
     momentum = [m for m in method.children() if _is_momentum(m)]
     apart = sum(_bytes(m.state_dict().values()) for m in momentum)
     optimiser = _bytes(_tensors(step.optimizer.state))
-    # The first step makes the optimiser's state at its end, the others have it all the time.
+    # The first step makes the optimiser's state at its end, later steps have it all the time.
     peak = torch.cuda.max_memory_allocated(step.device) + optimiser - before if on_gpu else None
     slots = loader.slots if loader else []
     batches = 1 if loader is None or loader.late else len(slots)
-    return result, Parts(
+    return result, StepMemory(
         weights=_bytes([*method.parameters(), *method.buffers()]) - apart,
         momentum=apart,
         gradients=_bytes(p for p in method.parameters() if p.requires_grad),
@@ -95,8 +96,10 @@ def measured_step(
 
 
 class Activations(saved_tensors_hooks):
-    """Counts what autograd keeps for the backward pass of what is computed inside: distinct storages, none of those of
-    the tensors `known`. `now` and `peak` are bytes."""
+    """Bytes that autograd keeps for backward passes of what is computed in a `with` block, `now` and at the `peak`.
+
+    Tensors that share memory count once; the memory of the tensors `known` does not count.
+    """
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__(self._keep, lambda kept: kept.tensor)
@@ -122,7 +125,7 @@ class Activations(saved_tensors_hooks):
 
 
 class _Kept:
-    """A tensor in autograd's hands; it lets go of this as soon as its backward pass is over."""
+    """A tensor that autograd keeps. Autograd drops this object when the backward pass is over."""
 
     def __init__(self, owner: Activations, tensor: Tensor):
         self.owner, self.tensor = owner, tensor
@@ -141,34 +144,44 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _tensors(state: dict) -> Iterable[Tensor]:
-    """Those of an optimiser."""
+    """The tensors in an optimiser's state."""
     return (value for values in state.values() for value in values.values() if isinstance(value, Tensor))
 
 
 def _decoded(loader: Loader | None) -> int:
-    """Images that the loader has decoded beforehand."""
+    """Bytes of the images that the loader has decoded beforehand."""
     pixels = getattr(loader.backend, "pixels_P3", None) if loader else None
     return 0 if pixels is None else _bytes([pixels])
 
 
-def peak_host_memory() -> int:
-    """The most memory that this process has had resident, bytes."""
-    try:  # Linux's ru_maxrss begins with the parent's peak; this does not
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has used so far, bytes: on the GPU, or resident on the host."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_memory()
 
 
 # ------------------------------------------------------------------ out of memory
 
 
-def out_of_memory(step: Step, batch: Batch, progress: Progress, error: torch.OutOfMemoryError) -> UserError:
-    """What to tell the user after `step(batch, progress)` raised `error`: the largest micro-batch that fits.
+@contextlib.contextmanager
+def advice(config: RunConfig) -> Iterator[None]:
+    """Turn running out of memory into advice: for the loader and the monitor. A step's own is `out_of_memory`."""
+    data = config.data
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        late = "" if config.run.micro_batch else ", or --micro-batch, with which no views wait on the GPU"
+        raise UserError(
+            f"out of GPU memory beside the training step, with --batch-size {data.batch_size} and "
+            f"{make_views(config).K} views of {data.size} px: try a smaller --prefetch or --batch-size{late}"
+        ) from error
 
-    It is found by training on the batch, so weights and optimiser are of no use afterwards.
+
+def out_of_memory(step: Step, batch: Batch, progress: Progress, error: torch.OutOfMemoryError) -> UserError:
+    """The error to raise after `step(batch, progress)` ran out of memory: it names the largest micro-batch that fits.
+
+    The search trains on the batch, so weights and optimiser are of no use afterwards.
     """
-    traceback.clear_frames(error.__traceback__)  # they hold what the step had allocated
+    traceback.clear_frames(error.__traceback__)  # the frames hold what the step had allocated
     config, sides = step.config, sorted({x.shape[-1] for x in batch.views}, reverse=True)
     images = config.run.micro_batch
     what = (
@@ -176,7 +189,7 @@ def out_of_memory(step: Step, batch: Batch, progress: Progress, error: torch.Out
         f"{f', --micro-batch {images}' if images else ''} and {len(batch.views)} views of "
         f"{' and '.join(str(side) for side in sides)} px"
     )
-    if step.world.size > 1:  # they do not run out at the same moment, and would wait for each other
+    if step.world.size > 1:  # processes do not run out of memory together, and would wait for each other in a search
         smaller = max(2, (images or len(batch.index)) // 2)
         return UserError(f"{what} in one of {step.world.size} processes: try --micro-batch {smaller}")
     try:
@@ -196,11 +209,11 @@ def out_of_memory(step: Step, batch: Batch, progress: Progress, error: torch.Out
 
 
 def largest_micro_batch(step: Step, batch: Batch, progress: Progress) -> int | None:
-    """The largest --micro-batch with which the device's memory is enough for this batch; None if it is for none.
+    """The largest --micro-batch with which this batch fits into the device's memory; None if none does.
 
-    Memory grows by the same amount with each image. Two small micro-batches say by which; then the largest divisor of
-    the batch that should fit is tried, and if need be the next ones. Weights and optimiser are of no use afterwards.
-    Raises UserError for a network that cannot be trained in micro-batches.
+    Every image adds the same amount of memory, which steps with two small micro-batches show. Then the largest divisor
+    of the batch that should fit is tried, and smaller ones if it does not. Weights and optimiser are of no use
+    afterwards. Raises UserError for a network that cannot be trained in micro-batches.
     """
     num, room = len(batch.index), _SHARE * _room(step.device)
 
@@ -219,7 +232,7 @@ def largest_micro_batch(step: Step, batch: Batch, progress: Progress) -> int | N
 
 
 def _used(step: Step, batch: Batch, progress: Progress, images: int) -> float:
-    """Bytes that a step in micro-batches of `images` takes; infinite if there are not so many."""
+    """Bytes that a step in micro-batches of `images` takes; infinite if the device has less."""
     step.micro = use_micro_batches(step.method, step.method.image_networks(), images)
     try:
         return measured_step(step, batch, progress)[1].total
@@ -236,7 +249,7 @@ def _used(step: Step, batch: Batch, progress: Progress, images: int) -> float:
 
 
 def _room(device: torch.device) -> int:
-    """Bytes that this process can have: those that it has, and the free ones."""
+    """Bytes that this process can use: those in its possession, and the free ones."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return bytes_free(device)

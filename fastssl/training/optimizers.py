@@ -14,9 +14,9 @@ from loaders.errors import UserError
 
 
 def scaled_lr(optim: Optim, batch_size: int) -> float:
-    """The linear scaling rule: lr * batch_size / lr_batch_size (Goyal et al. 2017); `lr_batch_size` 0: lr as it is.
+    """The linear scaling rule: lr * batch_size / lr_batch_size (Goyal et al. 2017); `lr_batch_size` 0: lr unscaled.
 
-    Raises UserError if the result is below `min_lr`, which is absolute: the rate would rise instead of fall.
+    Raises UserError if the result is below `min_lr`, which is not scaled: the rate would rise instead of fall.
     """
     base_lr = optim.lr * batch_size / optim.lr_batch_size if optim.lr_batch_size else optim.lr
     if optim.min_lr > base_lr:
@@ -51,7 +51,7 @@ def lr_at(optim: Optim, base_lr: float, step: int, steps_per_epoch: int) -> floa
 def weight_decay_at(optim: Optim, step: int, steps_per_epoch: int) -> float:
     """The weight decay of one step: from `weight_decay` to `weight_decay_end` on a cosine over all steps (DINO's code).
 
-    It has no warm-up, and changes at every step whatever the learning rate's schedule is.
+    The cosine has no warm-up and changes at every step, whatever the learning rate's schedule is.
     """
     if optim.weight_decay_end is None:
         return optim.weight_decay
@@ -65,24 +65,23 @@ def _cosine(start: float, end: float, share: float) -> float:
 def make_optimizer(method: Method, optim: Optim, base_lr: float) -> torch.optim.Optimizer:
     """The optimiser over the method's parameter groups, each split by what decays and what LARS adapts.
 
-    Groups keep their `fixed_lr` mark and get `decay: bool`, which says whether `set_weight_decay` reaches them.
+    Groups keep their `fixed_lr` mark and get `decay: bool`: `set_weight_decay` changes groups with decay only.
 
-    SGD, Adam and AdamW are torch's, one fused kernel per group. Adam adds the decay to the gradient, AdamW takes it
-    from the weights (Loshchilov and Hutter 2019); their betas are torch's .9 and .999.
+    SGD, Adam and AdamW are torch's, one fused kernel per group. Adam adds the decay to the gradient, AdamW subtracts it
+    from the weights (Loshchilov and Hutter 2019); both use torch's betas, .9 and .999.
 
-    LARS is timm's: the gradient, with the decay in it, is multiplied by eta ||w|| / (||g|| + decay ||w|| + 1e-8), by 1
-    if either norm is 0, and goes into the momentum buffer so; the learning rate comes after the buffer. That is apex's
-    LARC without clipping (SwAV). MoCo v3, DINO and SSLight place the ratio as well inside the buffer, but divide by
+    LARS is timm's: the gradient with the decay in it is multiplied by eta ||w|| / (||g|| + decay ||w|| + 1e-8), or by 1
+    if either norm is 0, before it enters the momentum buffer; the learning rate is applied after the buffer. That is
+    apex's LARC without clipping (SwAV). MoCo v3, DINO and SSLight also multiply before the buffer, but divide by
     ||g + decay w||: at their decay of 1e-6 the two differ by less than 2e-6 ||w|| / ||g||. Fast-MoCo's LARS multiplies
-    after the buffer; its pre-training uses SGD. timm adapts only groups that decay unless they say `always_adapt`;
-    here that mark alone decides: everything is adapted but what `no_decay` names as <= 1-D. Depth-wise weights
-    are adapted even where they do not decay (SSLight). timm's is not fused: with fp16 its steps wait for the device,
-    as torch's loss scaling then asks on the host whether the gradients are finite.
+    after the buffer; its pre-training uses SGD. timm adapts groups that decay, and others if marked `always_adapt`.
+    Here every group carries that mark: true for all parameters but those that `no_decay` names as <= 1-D. Depth-wise
+    weights are adapted even where they do not decay (SSLight). timm's LARS is not fused: with fp16 its steps wait for
+    the device, as torch's loss scaling then asks on the host whether the gradients are finite.
     """
     groups = _split(_groups(method), optim)
-    common = {"lr": base_lr, "weight_decay": optim.weight_decay}
     if optim.optimizer == "sgd":
-        sgd = torch.optim.SGD(groups, momentum=optim.momentum, fused=True, **common)
+        sgd = torch.optim.SGD(groups, base_lr, optim.momentum, weight_decay=optim.weight_decay, fused=True)
         if optim.momentum:
             # Fused SGD fails where one buffer exists and another does not, as when a method drops the gradients of its
             # last layer in the first epoch. From zero the first step is the same: momentum * 0 + gradient.
@@ -90,14 +89,16 @@ def make_optimizer(method: Method, optim: Optim, base_lr: float) -> torch.optim.
                 sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
     if optim.optimizer == "lars":
-        from timm.optim.lars import Lars  # timm is slow to import: only who asks for it pays
+        from timm.optim.lars import Lars  # here, as timm is slow to import
 
-        return Lars(groups, momentum=optim.momentum, trust_coeff=optim.trust_coefficient, **common)
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.optimizer](groups, fused=True, **common)
+        eta, decay = optim.trust_coefficient, optim.weight_decay
+        return Lars(groups, lr=base_lr, momentum=optim.momentum, weight_decay=decay, trust_coeff=eta)
+    adam = torch.optim.AdamW if optim.optimizer == "adamw" else torch.optim.Adam
+    return adam(groups, lr=base_lr, weight_decay=optim.weight_decay, fused=True)
 
 
 def _groups(method: Method) -> list[dict[str, Any]]:
-    """The method's groups without what is not trained."""
+    """The method's groups without parameters that are not trained."""
     groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in method.param_groups()]
     covered = sorted(id(p) for g in groups for p in g["params"])
     if covered != sorted(id(p) for p in method.parameters() if p.requires_grad):
@@ -113,7 +114,7 @@ def _split(groups: list[dict[str, Any]], optim: Optim) -> list[dict[str, Any]]:
         for p in group["params"]:
             flat = optim.no_decay != "none" and p.ndim <= 1
             decay = not flat and not (optim.no_decay == "1d+depthwise" and _depthwise(p))
-            # Only LARS tells depth-wise weights from norms and biases: elsewhere one group, one kernel.
+            # Only LARS treats depth-wise weights unlike norms and biases: elsewhere one group, one kernel.
             adapt = optim.optimizer == "lars" and not flat
             classes.setdefault((decay, adapt), []).append(p)
         for (decay, adapt), params in classes.items():
@@ -123,7 +124,7 @@ def _split(groups: list[dict[str, Any]], optim: Optim) -> list[dict[str, Any]]:
 
 
 def _depthwise(p: Tensor) -> bool:
-    """Whether this is the weight [D, 1, k, k] of a depth-wise convolution, told by its shape (SSLight's code)."""
+    """True for the weight [D, 1, k, k] of a depth-wise convolution, told by its shape (SSLight's code)."""
     return p.ndim == 4 and p.shape[1] == 1
 
 

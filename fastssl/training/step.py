@@ -6,7 +6,9 @@ Nothing in it waits for the device.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import processes
 from fastssl.config.schema import RunConfig
-from fastssl.device import pick_precision
-from fastssl.methods.base import Method
+from fastssl.device import Precision
+from fastssl.methods.base import Method, Metrics
 from fastssl.networks.micro_batch import MicroBatches, slices, use_micro_batches
 from fastssl.processes import World
 from fastssl.progress import Progress
@@ -26,25 +28,22 @@ from loaders.errors import UserError
 
 
 class Step:
-    """What a step is made with: method, optimiser, loss scaling. `step(batch, progress)` takes one."""
+    """A training step: method (on `device`), optimiser, loss scaling. `step(batch, progress)` takes one."""
 
-    def __init__(self, config: RunConfig, method: Method, device: torch.device, world: World | None = None):
-        self.config, self.device, self.world = config, device, world or World()
-        self.method, self.precision = method, pick_precision(config.run.precision, device)
+    def __init__(
+        self, config: RunConfig, method: Method, device: torch.device, precision: Precision, world: World | None = None
+    ):
+        self.config, self.method, self.device, self.precision = config, method, device, precision
+        self.world = world or World()
         self.micro = self._micro_batches()
         torch.backends.cudnn.benchmark = True  # shapes stay: the fastest convolution for each is looked for once
-        method.to(device, memory_format=torch.channels_last)
         self.base_lr = scaled_lr(config.optim, config.data.batch_size)
         self.optimizer = make_optimizer(method, config.optim, self.base_lr)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.scale)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
         if config.run.compile != "off" and (config.run.compile != "auto" or device.type == "cuda"):
             compile_method(method, mode="reduce-overhead" if config.run.compile == "reduce-overhead" else None)
-        self.forward = method
-        if self.world.size > 1:
-            # BatchNorm's running statistics stay each process's own; the first one's are saved.
-            new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.15
-            sync = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-            self.forward = DistributedDataParallel(method, **sync)
+        self.parallel = _in_parallel(method) if self.world.size > 1 else None
+        self.forward: Callable[[Batch], tuple[Tensor, Metrics]] = self.parallel or method
 
     def _micro_batches(self) -> MicroBatches | None:
         images, num = self.config.run.micro_batch, self.config.data.batch_size // self.world.size
@@ -54,7 +53,7 @@ class Step:
             raise UserError(f"--micro-batch {images} does not divide the {num} images of a process: use a divisor")
         return use_micro_batches(self.method, self.method.image_networks(), images)
 
-    def __call__(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, progress: Progress) -> tuple[Tensor, Metrics]:
         """Train on a batch. Returns the loss and the method's metrics, without gradient, still on the device."""
         if self.config.run.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # what the graphs returned in the last step may be overwritten
@@ -72,17 +71,17 @@ class Step:
         self.method.after_step(progress)
         return loss, metrics
 
-    def _forward_backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of the batch's loss, the mean over all processes; the loss and the metrics."""
+    def _forward_backward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Compute the gradients of the batch's loss, the mean over all processes. Returns the loss and the metrics."""
         if self.micro is None:
             return self._backward(batch)
-        # In between, processes do not talk: gradients are added up first.
-        with self.forward.no_sync() if self.world.size > 1 else contextlib.nullcontext():
+        # Gradients of micro-batches are added up in each process before the processes exchange anything.
+        with self.parallel.no_sync() if self.parallel else contextlib.nullcontext():
             if self.method.separable:
                 share = self.micro.images / len(batch.index)
-                parts = [self._backward(part, share) for part in slices(batch, self.micro.images)]
-                loss = share * sum(loss for loss, _ in parts)
-                metrics = {name: share * sum(metrics[name] for _, metrics in parts) for name in parts[0][1]}
+                losses, parts = zip(*(self._backward(b, share) for b in slices(batch, self.micro.images)), strict=True)
+                loss = share * functools.reduce(torch.add, losses)
+                metrics = {k: share * functools.reduce(torch.add, [part[k] for part in parts]) for k in parts[0]}
             else:
                 loss, metrics = self._backward(batch)
                 self.micro.backward(lambda: self.precision.autocast(self.device))
@@ -90,7 +89,7 @@ class Step:
             processes.average_gradients(self.method.parameters())
         return loss, metrics
 
-    def _backward(self, batch: Batch, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, batch: Batch, share: float = 1.0) -> tuple[Tensor, Metrics]:
         """Add the gradients of `share` times the loss."""
         with self.precision.autocast(self.device):
             loss, metrics = self.forward(batch)
@@ -116,18 +115,27 @@ class Step:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse; other keys are ignored."""
+        """Restore what `state_dict` gave; other keys are ignored."""
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
 
+def _in_parallel(method: Method) -> DistributedDataParallel:
+    """The method with its gradients averaged over the processes. BatchNorm's running statistics stay each process's
+    own; those of the main process are saved."""
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:  # torch 2.15
+        return DistributedDataParallel(method, forward_sync_buffers=False)
+    return DistributedDataParallel(method, broadcast_buffers=False)
+
+
 def compile_method(method: Method, mode: str | None = None, **options: Any) -> None:
-    """Compile the networks that see images, and all that comes after them as one graph (`method.loss`): combinations,
-    heads, targets, distances. Names in the state dict stay."""
+    """Compile the networks that see images, and `method.loss` as one graph: combinations, heads, targets, distances.
+    Names in the state dict stay."""
     # One graph for every size of image: code for any size would be slower.
     options = {"mode": mode, "dynamic": False} | options
+    # Imported by the attribute, here and not at start-up: torch._dynamo takes a second.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    method.loss = torch.compile(method.loss, **options)
+    method.loss = torch.compile(method.loss, **options)  # type: ignore[method-assign]  # this object's own loss
     for net in method.image_networks():
         net.compile(**options)

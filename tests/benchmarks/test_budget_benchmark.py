@@ -9,10 +9,11 @@ import pytest
 from benchmarks.budget import IMAGENET, RECIPES, hours, main, memory, row, table
 from fastssl.config.command_line import parse
 from fastssl.planning.cards import EFFICIENCY, card
-from fastssl.planning.cost import Work
+from fastssl.planning.cost import StepCost
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-MOVING = Work(flops=1, bytes=EFFICIENCY * card("RTX 3090").bandwidth / 1000, peak=4e9, operations=1)  # 1 ms per image
+# 1 ms per image.
+MOVING = StepCost(flops=1, bytes=EFFICIENCY * card("RTX 3090").bandwidth / 1000, peak=4e9, operations=1)
 
 
 def config(*options: str):
@@ -25,7 +26,7 @@ def test_hours_are_images_times_epochs_times_the_time_of_an_image() -> None:
 
 
 def test_sizes_count_with_their_share_of_the_epochs() -> None:
-    slow = Work(flops=1, bytes=2 * MOVING.bytes, peak=5e9, operations=1)
+    slow = StepCost(flops=1, bytes=2 * MOVING.bytes, peak=5e9, operations=1)
     schedule = config("--size-schedule", "128:224", "--epochs", "4")
     found = hours(schedule, {128: MOVING, 224: slow})["RTX 3090"]
     assert found == pytest.approx(4 * 1.5 * (IMAGENET // 32) * 32 / 1000 / 3600)

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import SMALL
 
 from benchmarks import e2e
 from benchmarks.peers import PEERS
-
-SMALL = ["--backbone", "resnet18", "--size", "32", "--batch-size", "8", "--dim", "32", "--predictor-hidden", "8"]
 
 
 def test_the_command(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
@@ -68,13 +67,13 @@ def test_a_peers_workers_have_no_idle_moment_and_leave_nothing_behind() -> None:
     peer = e2e.Peer(lambda *_: trained.append, loader, most_views=2)
     data = SimpleNamespace(size=32, data="x.beton")
     config = SimpleNamespace(data=data, model=SimpleNamespace(backbone="resnet18"))
-    trainer = SimpleNamespace(
+    setup = SimpleNamespace(
         config=config, device="cpu", spec=SimpleNamespace(K=4), loader=SimpleNamespace(batch_size=8)
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        other = e2e.Other(peer, trainer, steps=5, workers=3)
+        other = e2e.PeerTraining(peer, setup, steps=5, workers=3)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

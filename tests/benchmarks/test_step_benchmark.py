@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import common, step
 from benchmarks.peers import PEERS, Lightly, SimSiam
-from benchmarks.step import VARIANTS, Contestant, StepOptions
+from benchmarks.step import VARIANTS, StepContestant, StepOptions
 from fastssl.device import pick_precision
 from fastssl.training.build import make_method
 from loaders import Batch
@@ -145,7 +145,7 @@ def test_saved_bytes_are_distinct_and_without_weights() -> None:
         y = torch.nn.functional.linear(x, weight).exp()  # keeps x, the weight, and y
         (y * y).sum().backward()  # keeps y twice
 
-    assert step.saved_bytes(Contestant(take, [x], [weight], None)) == x.nbytes + 4 * 8 * 4
+    assert step.saved_bytes(StepContestant(take, [x], [weight], None)) == x.nbytes + 4 * 8 * 4
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from fastssl import methods
+from fastssl.device import pick_precision
 from fastssl.networks.activation_checkpointing import checkpoint_activations
 from fastssl.networks.backbones import backbone
 from fastssl.networks.batch_norm import batch_norm_groups, group_batch_norm
@@ -152,7 +153,8 @@ def test_every_method_trains_the_same(name: str, micro_batch: int | None, monkey
         config = config_of(name, backbone="resnet18-cifar")
         config.data.batch_size, config.run.precision, config.run.micro_batch = 4, "fp32", micro_batch
         config.model.activation_checkpointing = checkpointing
-        step = Step(config, make_method(config).double(), torch.device("cpu"))
+        cpu = torch.device("cpu")
+        step = Step(config, make_method(config).double(), cpu, pick_precision("fp32", cpu))
         blocks = [m for m in step.method.backbone.modules() if isinstance(m, BasicBlock)]
         assert len(blocks) == 4 and all((type(m) is not BasicBlock) == checkpointing for m in blocks)
         batch = batch_of(make_views(config), B=4)

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastssl import methods
 from fastssl.config.schema import RunConfig
+from fastssl.device import pick_precision
 from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.networks.encode import in_groups
 from fastssl.networks.micro_batch import MicroBatches, slices
@@ -22,6 +23,7 @@ from loaders import Batch
 
 IMAGES, PART, STEPS = 8, 4, 3
 CPU = torch.device("cpu")
+FP32 = pick_precision("fp32", CPU)
 ACTIVE = {"ema": 0.9, "freeze_epochs": 1, "queue_from_epoch": 0, "queue_size": 2 * IMAGES}
 ADDONS: tuple[dict[str, object], ...] = (
     {},
@@ -50,7 +52,7 @@ def steps(name: str, options: dict[str, object], micro: bool) -> tuple[list, nn.
     for p in method.parameters():
         if p.ndim == 1 and p.requires_grad:  # not SimSiam's zero at the end of every residual branch
             nn.init.uniform_(p, 0.5, 1)
-    step = Step(config, group_batch_norm(method, images=PART).double(), CPU)
+    step = Step(config, group_batch_norm(method, images=PART).double(), CPU, FP32)
     seen = []
     hooked, grads = method.after_backward, []
 
@@ -96,7 +98,7 @@ def test_which_methods_need_no_second_pass() -> None:
 def test_the_network_sees_parts_only(name: str) -> None:
     config, method, batch = made(name, B=IMAGES)
     config.run.precision, config.data.batch_size, config.run.micro_batch = "fp32", IMAGES, PART
-    step = Step(config, group_batch_norm(method), CPU)
+    step = Step(config, group_batch_norm(method), CPU, FP32)
     sizes, graphs = [], []
 
     def look(_module: nn.Module, inputs: tuple, _output: object) -> None:

@@ -14,7 +14,7 @@ from fastssl import methods
 from fastssl.config import schema as configs
 from fastssl.config.presets import load
 from fastssl.planning.cards import CARDS, EFFICIENCY, LAUNCH, PUBLISHED, RESNET50, card, seconds_per_image
-from fastssl.planning.cost import ASSUMED_VIEWS_PER_S, Meter, Work, cost, work
+from fastssl.planning.cost import ASSUMED_VIEWS_PER_S, Meter, StepCost, cost, step_cost
 
 # ------------------------------------------------------------------ Meter
 
@@ -73,7 +73,7 @@ def small(method: str, **values: object) -> configs.RunConfig:
 @pytest.mark.parametrize("method", methods.available())
 def test_work_of_every_method_is_what_the_quick_count_says(method: str) -> None:
     config = small(method, epochs=1)
-    counted = work(config)
+    counted = step_cost(config)
     # The quick count takes three times the forward pass; the first convolution needs no gradient of its input.
     assert counted.flops == pytest.approx(cost(config, 1).flops, rel=0.12)
     assert counted.flops < cost(config, 1).flops
@@ -81,9 +81,9 @@ def test_work_of_every_method_is_what_the_quick_count_says(method: str) -> None:
 
 
 def test_work_grows_with_views_and_sizes() -> None:
-    one = work(small("fastsiam", num_views=2))
-    two = work(small("fastsiam", num_views=4))
-    large = work(small("fastsiam", num_views=2, size=128))
+    one = step_cost(small("fastsiam", num_views=2))
+    two = step_cost(small("fastsiam", num_views=4))
+    large = step_cost(small("fastsiam", num_views=2, size=128))
     assert two.flops == pytest.approx(2 * one.flops, rel=1e-3)
     assert 1.2 * one.bytes < two.bytes < 1.99 * one.bytes  # weights and optimiser once
     assert one.peak < two.peak < 2 * one.peak
@@ -93,14 +93,14 @@ def test_work_grows_with_views_and_sizes() -> None:
 def test_work_is_counted_in_half_precision_and_leaves_the_configuration_alone() -> None:
     config = small("simsiam")
     before = configs.to_dict(config)
-    counted = work(config)
+    counted = step_cost(config)
     assert configs.to_dict(config) == before
-    assert counted == work(configs.replace(config, precision="fp32"))
+    assert counted == step_cost(configs.replace(config, precision="fp32"))
 
 
 def test_peak_of_fastsiam_holds_weights_optimiser_and_activations() -> None:
     config = load("fastsiam-imagenet-25ep")
-    images = [work(configs.replace(config, batch_size=num)).peak for num in (8, 16)]
+    images = [step_cost(configs.replace(config, batch_size=num)).peak for num in (8, 16)]
     fixed = 2 * images[0] - images[1]
     weights = 23.5e6 + 3 * 2048**2 + 2 * 2048 * 512  # ResNet-50 without fc, projector, predictor
     assert fixed == pytest.approx(3 * 4 * weights, rel=0.2)  # weights, gradients, momentum in fp32
@@ -122,13 +122,13 @@ def test_peak_of_fastsiam_holds_weights_optimiser_and_activations() -> None:
 def test_large_batches_fit_a_card_of_11_gb_in_micro_batches(preset: str, images: int) -> None:
     config = configs.replace(load(preset), micro_batch=32)
     assert config.data.batch_size == images
-    assert work(config).peak < 0.9 * card("RTX 2080 Ti").memory
+    assert step_cost(config).peak < 0.9 * card("RTX 2080 Ti").memory
 
 
 # ------------------------------------------------------------------ cards
 
 
-def supervised(name: str, num: int = 64) -> Work:
+def supervised(name: str, num: int = 64) -> StepCost:
     """A step of classification with torchvision's network `name`, 224 px, SGD: what the published rates are of."""
     with FakeTensorMode():
         net = getattr(torchvision.models, name)()
@@ -142,7 +142,7 @@ def supervised(name: str, num: int = 64) -> Work:
                 loss = F.cross_entropy(net(x).float(), label)
             loss.backward()
             optimizer.step()
-    return Work(meter.flops / num, meter.bytes / num, meter.peak, meter.operations / num)
+    return StepCost(meter.flops / num, meter.bytes / num, meter.peak, meter.operations / num)
 
 
 def test_the_resnet_50_of_the_calibration_is_counted() -> None:
@@ -166,9 +166,9 @@ def test_networks_that_were_not_calibrated_with_come_out_within_sixteen_percent(
 
 def test_the_longer_of_traffic_and_computing_counts() -> None:
     any_card = card("RTX 3090")
-    moving = Work(flops=any_card.rate, bytes=2 * any_card.bandwidth, peak=0, operations=1)
-    computing = Work(flops=3 * any_card.rate, bytes=2 * any_card.bandwidth, peak=0, operations=1)
-    launching = Work(flops=3 * any_card.rate, bytes=2 * any_card.bandwidth, peak=0, operations=9 / LAUNCH)
+    moving = StepCost(flops=any_card.rate, bytes=2 * any_card.bandwidth, peak=0, operations=1)
+    computing = StepCost(flops=3 * any_card.rate, bytes=2 * any_card.bandwidth, peak=0, operations=1)
+    launching = StepCost(flops=3 * any_card.rate, bytes=2 * any_card.bandwidth, peak=0, operations=9 / LAUNCH)
     assert seconds_per_image(any_card, moving) == (pytest.approx(2 / EFFICIENCY), "bandwidth")
     assert seconds_per_image(any_card, computing) == (pytest.approx(3 / EFFICIENCY), "tensor cores")
     assert seconds_per_image(any_card, launching) == (pytest.approx(9), "launches")
@@ -176,7 +176,7 @@ def test_the_longer_of_traffic_and_computing_counts() -> None:
 
 
 def test_small_images_in_small_batches_wait_for_launches() -> None:
-    at_batch = {num: work(configs.replace(config_of("simsiam", size=32), batch_size=num)) for num in (8, 16)}
+    at_batch = {num: step_cost(configs.replace(config_of("simsiam", size=32), batch_size=num)) for num in (8, 16)}
     assert at_batch[8].operations == 2 * at_batch[16].operations > 100 / 8
     fast = card("H200")
     seconds, limit = seconds_per_image(fast, at_batch[8])
@@ -193,5 +193,5 @@ def test_cards_say_where_their_figures_are_from() -> None:
 
 def test_fastsiam_on_a_2080_ti_is_what_two_publications_make_likely() -> None:
     """And what `--list` assumes."""
-    counted = work(load("fastsiam-imagenet-25ep"))
+    counted = step_cost(load("fastsiam-imagenet-25ep"))
     assert 4 / seconds_per_image(card("RTX 2080 Ti"), counted)[0] == pytest.approx(ASSUMED_VIEWS_PER_S, rel=0.01)

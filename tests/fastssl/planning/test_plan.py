@@ -17,31 +17,25 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small import config_of
+from small import SMALL, config_of
 
 from fastssl.config import schema as configs
 from fastssl.config.command_line import parse
 from fastssl.config.schema import RunConfig
-from fastssl.planning import bench as forecast
+from fastssl.planning import bench, tables
 from fastssl.planning import plan as plans
 from fastssl.planning.bench import Neighbours, timed
 from fastssl.planning.cards import CARDS
-from fastssl.planning.plan import Plan, candidates, hours, most_that_fit, options
-from fastssl.planning.schedule import Costs, Range, exactly, parts, steps_by_size, total
+from fastssl.planning.fit import candidates, most_that_fit, options
+from fastssl.planning.forecast import Forecast
+from fastssl.planning.schedule import Range, Timings, exactly, parts, steps_by_size, total
+from fastssl.planning.tables import spell
 from fastssl.train import main
 from fastssl.training import checkpoint, trainer
-from fastssl.training.trainer import Trainer, train
+from fastssl.training.monitor import Monitor
+from fastssl.training.trainer import train
 
-_SMALL = {
-    "backbone": "resnet18",
-    "size": 32,
-    "batch-size": 8,
-    "dim": 32,
-    "predictor-hidden": 8,
-    "workers": 1,
-    "backend": "cpu",
-}
-SMALL = [str(word) for name, value in _SMALL.items() for word in (f"--{name}", value)]
+ONE_THREAD = [*SMALL, "--workers", "1", "--backend", "cpu"]
 
 
 def config(**values: object) -> RunConfig:
@@ -60,26 +54,26 @@ def test_steps_stop_where_max_steps_says() -> None:
 def test_a_size_schedule_has_equal_shares_of_the_epochs() -> None:
     assert steps_by_size(config(epochs=6, size_schedule=(16, 24, 32)), 10) == {16: 20, 24: 20, 32: 20}
     assert steps_by_size(config(epochs=6, size_schedule=(16, 24, 32), max_steps=35), 10) == {16: 20, 24: 15}
-    costs = Costs({16: exactly(1), 24: exactly(2), 32: Range(4, 3, 6)}, {16: 1000, 24: 100, 32: 10_000})
-    assert total(config(epochs=6, size_schedule=(16, 24, 32)), costs, 10) == Range(11_240, 11_220, 11_280)
-    assert total(config(epochs=6, size_schedule=(16, 24, 32), max_steps=35), costs, 10) == exactly(1150)
+    timings = Timings({16: exactly(1), 24: exactly(2), 32: Range(4, 3, 6)}, {16: 1000, 24: 100, 32: 10_000})
+    assert total(config(epochs=6, size_schedule=(16, 24, 32)), timings, 10) == Range(11_240, 11_220, 11_280)
+    assert total(config(epochs=6, size_schedule=(16, 24, 32), max_steps=35), timings, 10) == exactly(1150)
 
 
 def test_the_total_is_the_sum_of_what_the_run_does() -> None:
-    costs = Costs({32: Range(2, 1, 4)}, {32: 1000}, files=7, checkpoint=100_000, knn=10_000_000)
+    timings = Timings({32: Range(2, 1, 4)}, {32: 1000}, files=7, checkpoint=100_000, knn=10_000_000)
     run = config(epochs=7, checkpoint_minutes=0, val="V.beton", knn_every=3)
-    assert parts(run, costs, 10) == {
+    assert parts(run, timings, 10) == {
         "training": (70, Range(140, 70, 280)),
         "kNN": (4, exactly(40_000_000)),  # before, after epochs 3 and 6, after the last
         "checkpoints": (7, exactly(700_000)),
         "start": (1, exactly(1000)),
         "files": (1, exactly(7)),
     }
-    assert total(run, costs, 10) == Range(40_701_147, 40_701_077, 40_701_287)
-    assert parts(configs.replace(run, knn_every=0), costs, 10)["kNN"][0] == 2
-    assert parts(configs.replace(run, val=None), costs, 10)["kNN"] == (0, exactly(0))
+    assert total(run, timings, 10) == Range(40_701_147, 40_701_077, 40_701_287)
+    assert parts(configs.replace(run, knn_every=0), timings, 10)["kNN"][0] == 2
+    assert parts(configs.replace(run, val=None), timings, 10)["kNN"] == (0, exactly(0))
     # 20 s per epoch: one by the clock every 6 s, so three, and the one at the end.
-    assert parts(configs.replace(run, checkpoint_minutes=0.1), costs, 10)["checkpoints"][0] == 7 * 4
+    assert parts(configs.replace(run, checkpoint_minutes=0.1), timings, 10)["checkpoints"][0] == 7 * 4
 
 
 @pytest.mark.parametrize("more", [{"epochs": 3, "knn_every": 2}, {"epochs": 4, "knn_every": 0, "max_steps": 8}])
@@ -97,25 +91,12 @@ def test_a_real_run_does_what_is_counted(
         return call
 
     monkeypatch.setattr(checkpoint, "save", counted("checkpoints", checkpoint.save))
-    monkeypatch.setattr(Trainer, "_knn_of_main", counted("kNN", Trainer._knn_of_main))
-    monkeypatch.setattr(Trainer, "_advance", counted("training", Trainer._advance))
+    monkeypatch.setattr(Monitor, "__call__", counted("kNN", Monitor.__call__))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in more.items()]
-    run = parse(
-        [
-            *SMALL,
-            "--data",
-            str(beton),
-            "--val",
-            str(val_beton),
-            "--out",
-            str(tmp_path),
-            "--knn-k=5",
-            "--num-views=2",
-            *flags,
-        ]
-    )
-    train(run, Console(quiet=True))
-    found = parts(run, Costs({32: exactly(0.01)}, {32: 0}), 6)
+    where = ["--data", str(beton), "--val", str(val_beton), "--out", str(tmp_path)]
+    run = parse([*ONE_THREAD, *where, "--knn-k=5", "--num-views=2", *flags])
+    train(run, Console(quiet=True), counted("training", lambda *_: None))
+    found = parts(run, Timings({32: exactly(0.01)}, {32: 0}), 6)
     assert {name: num for name, (num, _) in found.items() if name in done} == done
 
 
@@ -201,7 +182,7 @@ def test_candidates_end_at_the_size_and_get_cheaper() -> None:
             assert list(schedule) == sorted(schedule) and schedule[-1] == size > schedule[0] >= 8
 
 
-class Told(Plan):
+class Told(Forecast):
     """A plan whose measurements are known: a step takes 1 s and 1 s per view, and in proportion to the pixels."""
 
     steps_per_epoch = 100
@@ -209,7 +190,7 @@ class Told(Plan):
     def __init__(self, config: RunConfig):
         self.config = config
         loop, start = self.loop()
-        self.costs = Costs({config.data.size: loop}, {config.data.size: start})
+        self.timings = Timings({config.data.size: loop}, {config.data.size: start})
 
     def loop(self, **changes: int) -> tuple[Range, float]:
         changed = configs.replace(self.config, **changes)
@@ -217,7 +198,7 @@ class Told(Plan):
         return exactly((1 + changed.method_options.num_views) * pixels), 10
 
 
-def fits(plan: Plan, budget: float) -> dict[str, float]:
+def fits(plan: Forecast, budget: float) -> dict[str, float]:
     return {o.flags: o.seconds.value for o in options(plan, budget)}
 
 
@@ -242,19 +223,19 @@ def test_fit_says_the_least_there_is_where_nothing_fits() -> None:
     found = fits(plan, 60)
     assert found["--epochs 3"] == 10 + 3 * 100 * 5  # not fewer than warm-up takes
     assert found["--num-views 2"] == 10 + 10 * 100 * 3
-    lines = list(plans._fit(plan, 60))
+    lines = list(tables.fit(plan, 60))
     assert lines[-1].startswith("nothing fits; the best there is takes ") and "--epochs 3" in lines[-1]
-    assert len(list(plans._fit(plan, 4100))) == 1
+    assert len(list(tables.fit(plan, 4100))) == 1
     both = "--num-views 2 --size-schedule 128:128:224"
     assert found[both] == pytest.approx(20 + 0.6 * (found["--size-schedule 128:128:224"] - 20))
     assert found[f"{both} --epochs 3"] < found[both]
 
 
 def test_hours_are_rounded_to_three_figures() -> None:
-    assert hours(Range(37_440, 36_360, 39_240)) == "10.4 h (10.1-10.9)"
-    assert hours(exactly(3600 * 0.25)) == "0.25 h"
-    assert hours(exactly(90)) == "1.5 min"
-    assert hours(Range(4, 3, 6)) == "4 s (3-6)"
+    assert spell(Range(37_440, 36_360, 39_240)) == "10.4 h (10.1-10.9)"
+    assert spell(exactly(3600 * 0.25)) == "0.25 h"
+    assert spell(exactly(90)) == "1.5 min"
+    assert spell(Range(4, 3, 6)) == "4 s (3-6)"
 
 
 # ------------------------------------------------------------------ the command
@@ -264,13 +245,13 @@ def test_hours_are_rounded_to_three_figures() -> None:
 def planned(beton: Path, val_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run of two steps, and what --plan --fit prints of it, which leaves it as it is."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    run = [*SMALL, "--data", str(beton), "--out", str(out), "--epochs", "3"]
+    run = [*ONE_THREAD, "--data", str(beton), "--out", str(out), "--epochs", "3"]
     train(parse([*run, "--max-steps", "2"]), Console(quiet=True))
     before = {p: p.read_bytes() for p in out.iterdir()}
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forecast, "PART_SECONDS", 0.02)
-        patch.setattr(forecast, "LOOP_SECONDS", 0.02)
+        patch.setattr(bench, "PART_SECONDS", 0.02)
+        patch.setattr(bench, "LOOP_SECONDS", 0.02)
         patch.setattr(plans, "Console", lambda: Console(file=printed))
         more = ["--val", str(val_beton), "--knn-k", "5", "--recalibrate-bn", "8", "--fit", "1e-6"]
         assert main([*run, *more]) == 0
@@ -348,7 +329,7 @@ def compare(repeats: int, argv: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = configs.replace(parse(argv), out=Path(folder) / "run")
             (Path(folder) / "scratch").mkdir()
-            plan = Plan(run, Path(folder) / "scratch")
+            plan = Forecast(run, Path(folder) / "scratch")
             start = time.perf_counter()
             result = train(run, Console(quiet=True))
             took, trained = time.perf_counter() - start, 3600 * result["hours"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastssl.training import bottleneck
-from fastssl.training.bottleneck import StepClock
+from fastssl.training.stopwatch import StepClock
 
 STATS = {"read": 1.0, "decode": 12.0, "crop": 8.0, "augment": 0.0, "copy": 0.5, "device": 2.0, "wait": 3.0}
 

@@ -34,8 +34,7 @@ def passes(method: nn.Module, batch: Batch) -> list[tuple[Tensor, dict[str, Tens
     seen = []
     for i in range(3):
         torch.manual_seed(i)
-        if hasattr(method, "before_step"):
-            method.before_step(Progress(i, 3, 1))
+        method.before_step(Progress(i, 3, 1))
         loss, _ = method(Batch([v.roll(i, 0) for v in batch.views], None, batch.index, batch.label))
         method.zero_grad()
         loss.backward()

@@ -8,10 +8,12 @@ import pytest
 import torch
 from small import config_of, has, made
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import methods, processes
+from fastssl.config.schema import RunConfig
+from fastssl.device import pick_precision
 from fastssl.losses import guided as addons
+from fastssl.methods.base import Method
 from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.networks.encode import encode_shuffled
 from fastssl.progress import Progress
@@ -19,6 +21,7 @@ from fastssl.training.step import Step
 from loaders import Batch
 
 PROCESSES, IMAGES, STEPS = 2, 8, 3
+CPU = torch.device("cpu")
 
 # What has to work across processes is switched on: queues that are full after two steps, a schedule in every epoch.
 ACTIVE = {
@@ -57,32 +60,31 @@ def next_in_block(num: int, _fixed_points: bool, device: torch.device) -> Tensor
     return image // block * block + (image + 1) % block
 
 
-def some_steps(name: str, options: dict[str, object]) -> list[dict]:
-    """Loss, gradients and state of the first steps with this process's share of the images.
+def steps_of(config: RunConfig, method: Method, batch: Batch) -> list[dict]:
+    """Loss, gradients and state after each of some `Step`s with this process's share of the images."""
+    config.run.precision, config.run.compile, config.data.batch_size = "fp32", "off", IMAGES
+    world = processes.World(processes.rank(), processes.size())
+    step = Step(config, method, CPU, pick_precision("fp32", CPU), world)
+    share = slice(world.rank * IMAGES // world.size, (world.rank + 1) * IMAGES // world.size)
+    seen, hook = [], method.after_backward
 
-    In eval mode BatchNorm normalises with running statistics, so that no image depends on the company it is in.
-    """
-    _, method, batch = made(name, B=IMAGES, **options)
-    smooth(method.eval())
-    share = slice(processes.rank() * IMAGES // processes.size(), (processes.rank() + 1) * IMAGES // processes.size())
-    forward = DistributedDataParallel(method, broadcast_buffers=False) if processes.size() > 1 else method
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05)
-    seen = []
-    for step in range(STEPS):
-        progress = Progress(step, STEPS, 1)
-        # Other images at every step.
-        views = [(view.roll(step, 0) + step * view.roll(1, 3))[share] for view in batch.views]
-        method.before_step(progress)
-        loss, _ = forward(Batch(views, None, batch.index[share], batch.label[share]))
-        optimizer.zero_grad()
-        loss.backward()
-        method.after_backward(progress)
-        grads = {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
-        optimizer.step()
-        method.after_step(progress)
-        state = {n: t.clone() for n, t in method.state_dict().items()}
-        seen.append({"loss": loss.detach(), "grads": grads, "state": state})
+    def look(progress: Progress) -> None:
+        seen.append({"grads": {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}})
+        hook(progress)
+
+    method.after_backward = look
+    for i in range(STEPS):
+        views = [(v.roll(i, 0) + i * v.roll(1, 3))[share] for v in batch.views]  # other images at every step
+        loss, _ = step(Batch(views, None, batch.index[share], batch.label[share]), Progress(i, STEPS, 1))
+        seen[-1] |= {"loss": loss, "state": {n: t.clone() for n, t in method.state_dict().items()}}
     return seen
+
+
+def some_steps(name: str, options: dict[str, object]) -> list[dict]:
+    """Steps in eval mode: BatchNorm normalises with running statistics, so that no image depends on the others."""
+    config, method, batch = made(name, B=IMAGES, **options)
+    smooth(method.eval())
+    return steps_of(config, method, batch)
 
 
 # How BatchNorm in train mode sees two processes as one does; a method's queue of keys is computed without shuffling.
@@ -93,10 +95,10 @@ TRAINED = {
 
 
 def trained_steps(name: str, mode: str) -> list[dict]:
-    """`Step`s in train mode, float64. groups: every process has BatchNorm statistics of its own; sync: of all; micro:
-    in micro-batches. One process does the same with BatchNorm groups as large, or with the whole batch."""
+    """Steps in train mode, float64. groups: every process has BatchNorm statistics of its own; sync: of all; micro: in
+    micro-batches. One process does the same with BatchNorm groups as large, or with the whole batch."""
     config, method, batch = made(name, B=IMAGES, **TRAINED[name])
-    config.run.precision, config.run.compile, config.data.batch_size = "fp32", "off", IMAGES
+    batch.views = [view.double() for view in batch.views]
     torch.manual_seed(7)
     for p in method.parameters():
         if p.ndim == 1 and p.requires_grad:  # not SimSiam's zero at the end of every residual branch
@@ -104,23 +106,9 @@ def trained_steps(name: str, mode: str) -> list[dict]:
     alone, own = processes.size() == 1, IMAGES // PROCESSES
     smooth(group_batch_norm(method.double(), sync=mode == "sync"))
     config.run.micro_batch = own // 2 if mode == "micro" and not alone else None
-    step = Step(config, method, torch.device("cpu"), processes.World(processes.rank(), processes.size()))
     if alone:
         group_batch_norm(method, images={"groups": own, "sync": None, "micro": own // 2}[mode])
-    share = slice(processes.rank() * IMAGES // processes.size(), (processes.rank() + 1) * IMAGES // processes.size())
-    seen, hook = [], method.after_backward
-
-    def look(progress: Progress) -> None:
-        seen.append({"grads": {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}})
-        hook(progress)
-
-    method.after_backward = look
-    for i in range(STEPS):
-        views = [(v.roll(i, 0) + i * v.roll(1, 3))[share].double() for v in batch.views]
-        loss, _ = step(Batch(views, None, batch.index[share], batch.label[share]), Progress(i, STEPS, 1))
-        seen[-1]["loss"] = loss
-    seen[-1]["state"] = {n: t.clone() for n, t in method.state_dict().items()}
-    return seen
+    return steps_of(config, method, batch)
 
 
 def smooth(module: nn.Module) -> None:

@@ -10,17 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import TinyResNet, batch_of, config_of
+from small import SMALL, TinyResNet, batch_of, config_of
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
+from fastssl.device import pick_precision
 from fastssl.processes import World
 from fastssl.progress import Progress
 from fastssl.train import main
 from fastssl.training import log as logs
 from fastssl.training import memory
-from fastssl.training.build import make_method, make_views
-from fastssl.training.memory import Activations, Parts, largest_micro_batch, measured_step, out_of_memory
+from fastssl.training.build import make_method, make_views, place
+from fastssl.training.memory import Activations, StepMemory, largest_micro_batch, measured_step, out_of_memory
 from fastssl.training.step import Step
 from loaders import Batch, Loader
 from loaders.beton import Reader
@@ -46,7 +47,8 @@ def made(name: str = "simsiam", device: torch.device = CPU, images: int = B, **c
                 setattr(group, field, value)
     batch = batch_of(make_views(config), images)
     batch.views = [view.to(device) for view in batch.views]
-    return Step(config, make_method(config), device), batch
+    precision = pick_precision("fp32", device)
+    return Step(config, place(make_method(config), device), device, precision), batch
 
 
 def bytes_of(*modules: nn.Module) -> int:
@@ -132,7 +134,7 @@ def test_what_the_loader_keeps(backend: str, beton: Path) -> None:
 
 
 def test_parts_are_one_line() -> None:
-    parts = Parts(
+    parts = StepMemory(
         weights=180_000_000, momentum=0, gradients=90_000_000, optimiser=91_234_567, activations=3_100_000_000,
         views=310_000_000, loader=400_000_000, peak=None,
     )  # fmt: skip
@@ -245,9 +247,8 @@ def test_processes_try_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(beton: Path, folder: Path, *more: object) -> int:
-    arguments = ["--data", beton, "--out", folder, "--method", "simsiam", "--backbone", "resnet18", "--size", 32]
-    arguments += ["--batch-size", 8, "--epochs", 1, "--max-steps", 2, "--dim", 32, "--predictor-hidden", 8, *more]
-    return main([str(a) for a in arguments])
+    arguments = ["--data", beton, "--out", folder, "--method", "simsiam", *SMALL, "--epochs", 1, "--max-steps", 2]
+    return main([str(a) for a in (*arguments, *more)])
 
 
 @pytest.mark.usefixtures("tiny")
@@ -255,7 +256,7 @@ def test_a_run_says_what_it_needs(beton: Path, tmp_path: Path, capsys: pytest.Ca
     assert run(beton, tmp_path / "run") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: weights ")]
     (entry,) = [e for e in logs.read_metrics(tmp_path / "run" / logs.METRICS) if "memory_bytes" in e]
-    assert lines == [f"memory: {Parts(**entry['memory_bytes'])}"] and entry["step"] == 1
+    assert lines == [f"memory: {StepMemory(**entry['memory_bytes'])}"] and entry["step"] == 1
 
 
 @pytest.mark.usefixtures("tiny")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from small import forbid_waiting
 from torch import Tensor, nn
 
 from fastssl.config import schema as configs
@@ -427,10 +428,10 @@ def test_published_settings_are_valid(optim: Optim) -> None:
 # ---------------------------------------------------------------------- in the trainer
 
 
-def run(config: RunConfig) -> Trainer:
+def run(config: RunConfig) -> Method:
     trainer = Trainer(config, Console(quiet=True))
     assert trainer.run()["steps"] == 6
-    return trainer
+    return trainer.setup.method
 
 
 def test_hooks_come_in_order_and_with_one_progress(
@@ -534,7 +535,7 @@ def test_the_trainer_follows_both_schedules(beton: Path, tmp_path: Path, monkeyp
 
     def after_step(self: nn.Module, progress: Progress) -> None:
         del self, progress
-        groups = trainer.train_step.optimizer.param_groups
+        groups = trainer.setup.step.optimizer.param_groups
         (lr,) = {g["lr"] for g in groups if not g["fixed_lr"]}
         (decay,) = {g["weight_decay"] for g in groups if g["decay"]}
         found.append((lr, {g["lr"] for g in groups if g["fixed_lr"]}, decay))
@@ -555,7 +556,7 @@ def test_every_optimizer_resumes_exactly(optimizer: str, beton: Path, tmp_path: 
     whole = run(small(beton, tmp_path / "whole", **fields))
     Trainer(small(beton, tmp_path / "parts", **fields, max_steps=2), Console(quiet=True)).run()
     parts = run(small(beton, tmp_path / "parts", **fields, resume=True))
-    for (name, a), (_, b) in zip(whole.method.named_parameters(), parts.method.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -567,9 +568,9 @@ def test_loss_scaling_does_not_change_the_step(clip_norm: float | None, beton: P
         config = small(beton, tmp_path / str(scale), clip_norm=clip_norm)
         trainer = Trainer(config, Console(quiet=True))
         if scale:
-            trainer.train_step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            trainer.setup.step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         trainer.run()
-        methods.append(trainer.method)
+        methods.append(trainer.setup.method)
     for (name, a), (_, b) in zip(methods[0].named_parameters(), methods[1].named_parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -581,15 +582,6 @@ def test_no_optimizer_waits_for_the_gpu(
     optimizer: str, precision: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clipping, both schedules and every kind of group, without a synchronisation."""
-    step = Trainer._advance
-
-    def checked(self: Trainer, batch: object) -> object:
-        torch.cuda.set_sync_debug_mode("error" if self.step >= 2 else "default")
-        try:
-            return step(self, batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(Trainer, "_advance", checked)
+    forbid_waiting(monkeypatch)
     fields = {"device": "cuda", "precision": precision, "compile": "off", "log_every": 6, "no_decay": "1d"}
     run(small(beton, tmp_path / "run", optimizer=optimizer, lr=1e-3, weight_decay_end=0.4, clip_norm=1.0, **fields))

@@ -18,8 +18,7 @@ from fastssl.config import schema as configs
 from fastssl.config.schema import RunConfig
 from fastssl.training import build as core
 from fastssl.training import log as logs
-from fastssl.training import trainer
-from fastssl.training.trainer import Trainer, train
+from fastssl.training.trainer import train
 
 PROCESSES, EPOCHS, STOP = 2, 2, 5  # of 12 steps
 # What a checkpoint could forget: a queue that serves, schedules, partners that are drawn.
@@ -49,25 +48,22 @@ def process(rank: int, data: Path, folder: Path, free: list[int]) -> None:
     torch.set_num_threads(1)
     core.backbone = lambda *_, **__: (TinyResNet(), TinyResNet.width)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1"}
-    advance, seen = Trainer._advance, []
-
-    def watched(self: Trainer, batch: object) -> object:
-        metrics = advance(self, batch)
-        seen.append(self.last_loss.item())
-        if self.config.run.out.name == "stopped" and self.step == STOP and self.world.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # the first process hears of it from this one
-        return metrics
-
-    trainer.Trainer._advance = watched
+    seen: list[float] = []
     results = {}
     for name in methods.available():
         for kind in ("whole", "stopped", "resumed"):
             os.environ["MASTER_PORT"] = str(free.pop())
             out = folder / name / ("whole" if kind == "whole" else "stopped")
             more = {"resume": True} if kind == "resumed" else {}
+
+            def watch(step: int, loss: torch.Tensor, _metrics: object, stops: bool = kind == "stopped") -> None:
+                seen.append(loss.item())
+                if stops and step == STOP and rank == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)  # the first process hears of it from this one
+
             if kind == "resumed":  # what continues must come from the checkpoint, not from this process
                 torch.manual_seed(1000 + rank)
-            result = train(run_of(name, data, out, **more), Console(quiet=True))
+            result = train(run_of(name, data, out, **more), Console(quiet=True), watch)
             results[name, kind] = {"losses": seen.copy(), "stopped": result["stopped"], "steps": result["steps"]}
             seen.clear()
     torch.save(results, folder / f"{rank}.pt")

@@ -15,25 +15,18 @@ import torch
 import torchvision
 import yaml
 from safetensors.torch import load_file
+from small import SMALL, forbid_waiting
 
 from fastssl import methods
 from fastssl.config import schema as configs
+from fastssl.progress import Progress
 from fastssl.train import main
 from fastssl.training import log as logs
-from fastssl.training.trainer import Trainer
+from fastssl.training.step import Step
+from loaders import Batch
 
 ROOT = Path(__file__).parents[3]
-# Two epochs of six steps in a few seconds.
-_SMALL = {
-    "backbone": "resnet18",
-    "size": 32,
-    "batch-size": 8,
-    "epochs": 2,
-    "dim": 32,
-    "predictor-hidden": 8,
-    "log-every": 1,
-}
-SMALL = [str(word) for name, value in _SMALL.items() for word in (f"--{name}", value)]
+FLAGS = [*SMALL, "--epochs", "2", "--log-every", "1"]
 
 
 def train(*arguments: object) -> int:
@@ -45,7 +38,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def small_run(beton: Path, folder: Path, *more: object) -> int:
-    return train("--data", beton, "--out", folder, *SMALL, *more)
+    return train("--data", beton, "--out", folder, *FLAGS, *more)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +126,7 @@ def test_resume_gives_the_same_losses_to_the_last_bit(
 def spawn(beton: Path, folder: Path, *more: object) -> subprocess.Popen:
     """A run in a process of its own, with as many threads as this one (losses depend on their number)."""
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "fastssl.train", "--data", beton, "--out", folder, *SMALL, *more]
+    command = [sys.executable, "-m", "fastssl.train", "--data", beton, "--out", folder, *FLAGS, *more]
     return subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
@@ -201,14 +194,14 @@ def one_line(capsys: pytest.CaptureFixture, *arguments: object) -> str:
         (["--data", "/nowhere/x.beton"], "/nowhere/x.beton"),
         (["--data", "DATA", "--method", "fastsim"], "did you mean 'fastsiam'"),
         (["--data", "DATA", "--backbone", "resnet81"], "did you mean 'resnet18'"),
-        (["--data", "DATA", "--backend", "dally", *SMALL], "unknown backend 'dally'"),
-        (["--data", "DATA", *SMALL, "--size", "16"], "needs at least 32 px"),
-        (["--data", "DATA", *SMALL, "--batch-size", "64"], "use --batch-size 48 or less"),
-        (["--data", "DATA", *SMALL, "--num-views", "1"], "use 2 or more"),
-        (["--data", "DATA", *SMALL, "--val", "/nowhere/v.beton"], "/nowhere/v.beton"),
-        (["--data", "DATA", *SMALL, "--epochs", "0"], "--epochs 0"),
-        (["--data", "DATA", *SMALL, "--crop-min", "1.5"], "--crop-min 1.5"),
-        (["--data", "DATA", *SMALL, "--resume", "--overwrite"], "--resume"),
+        (["--data", "DATA", "--backend", "dally", *FLAGS], "unknown backend 'dally'"),
+        (["--data", "DATA", *FLAGS, "--size", "16"], "needs at least 32 px"),
+        (["--data", "DATA", *FLAGS, "--batch-size", "64"], "use --batch-size 48 or less"),
+        (["--data", "DATA", *FLAGS, "--num-views", "1"], "use 2 or more"),
+        (["--data", "DATA", *FLAGS, "--val", "/nowhere/v.beton"], "/nowhere/v.beton"),
+        (["--data", "DATA", *FLAGS, "--epochs", "0"], "--epochs 0"),
+        (["--data", "DATA", *FLAGS, "--crop-min", "1.5"], "--crop-min 1.5"),
+        (["--data", "DATA", *FLAGS, "--resume", "--overwrite"], "--resume"),
         (["--resume"], "say which run with --out"),
         (["--resume", "--out", "/nowhere"], "holds no run"),
     ],
@@ -226,7 +219,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_asked_for_and_absent(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "no CUDA device" in one_line(capsys, "--data", beton, "--out", tmp_path / "run", *SMALL, "--device", "cuda")
+    assert "no CUDA device" in one_line(capsys, "--data", beton, "--out", tmp_path / "run", *FLAGS, "--device", "cuda")
 
 
 def test_a_flag_that_does_not_exist_suggests_one(beton: Path, capsys: pytest.CaptureFixture) -> None:
@@ -246,10 +239,10 @@ def test_another_run_is_never_overwritten(
     beton: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     before = {p.name: p.read_bytes() for p in finished.iterdir()}
-    assert "--resume, replace it with --overwrite" in one_line(capsys, "--data", beton, "--out", finished, *SMALL)
+    assert "--resume, replace it with --overwrite" in one_line(capsys, "--data", beton, "--out", finished, *FLAGS)
     assert {p.name: p.read_bytes() for p in finished.iterdir()} == before
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert "holds no run" in one_line(capsys, "--data", beton, "--out", tmp_path, *SMALL, "--overwrite")
+    assert "holds no run" in one_line(capsys, "--data", beton, "--out", tmp_path, *FLAGS, "--overwrite")
     assert (tmp_path / "thesis.tex").exists()
 
 
@@ -276,7 +269,17 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(
     beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    arguments = ["--data", beton, "--out", folder, *SMALL, "--precision", "fp32", "--checkpoint-minutes", "0.00001"]
+    arguments = [
+        "--data",
+        beton,
+        "--out",
+        folder,
+        *FLAGS,
+        "--precision",
+        "fp32",
+        "--checkpoint-minutes",
+        "0.00001",
+    ]
     assert train(*arguments, "--max-steps", "3") == 0
     good = (folder / "checkpoint.pt").read_bytes()
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -302,7 +305,7 @@ def test_a_jpeg_that_breaks_while_training_is_named(tmp_path: Path, capsys: pyte
     with open(data, "r+b") as file:
         file.seek(start)
         file.write(bytes(size))
-    arguments = ["--data", data, *SMALL, "--epochs", "1", "--out"]
+    arguments = ["--data", data, *FLAGS, "--epochs", "1", "--out"]
     error = one_line(capsys, *arguments, tmp_path / "a")
     assert "sample 5 of" in error and "--on-bad-sample skip" in error
     assert train(*arguments, tmp_path / "b", "--on-bad-sample", "skip") == 0
@@ -352,19 +355,20 @@ def test_two_processes_see_the_order_of_one(beton: Path, tmp_path: Path) -> None
     script.write_text(
         "import json, os, sys\n"
         "from fastssl import train\n"
-        "seen, step = [], train.Trainer._advance\n"
-        "def probe(self, batch):\n"
-        "    metrics = step(self, batch)\n"
+        "from fastssl.training.step import Step\n"
+        "seen, step = [], Step.__call__\n"
+        "def probe(self, batch, progress):\n"
+        "    result = step(self, batch, progress)\n"
         "    weight = self.method.projector[0].weight.double().sum().item()\n"
         "    seen.append((batch.index.tolist(), weight))\n"
-        "    return metrics\n"
-        "train.Trainer._advance = probe\n"
+        "    return result\n"
+        "Step.__call__ = probe\n"
         "status = train.main(sys.argv[1:])\n"
         "json.dump(seen, open(os.path.join(os.path.dirname(__file__), os.environ.get('RANK', 'one') + '.json'), 'w'))\n"
         "sys.exit(status)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    base = [str(script), "--data", str(beton), *SMALL, "--epochs", "1", "--workers", "1"]
+    base = [str(script), "--data", str(beton), *FLAGS, "--epochs", "1", "--workers", "1"]
     one = [sys.executable, *base, "--out", str(tmp_path / "one")]
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *base]
     two += ["--out", str(tmp_path / "two")]
@@ -418,24 +422,8 @@ def test_a_run_on_a_gpu_learns_resumes_and_exports(
 )
 def test_no_step_waits_for_the_gpu(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str) -> None:
     """Between logging steps nothing synchronises, in any method: torch raises if something does."""
-    from fastssl.training.trainer import Trainer
-
-    step, log = Trainer._advance, Trainer._log
-
-    def checked(self, batch):
-        torch.cuda.set_sync_debug_mode("error" if self.step >= 2 else "default")  # the first steps compile
-        try:
-            return step(self, batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    def allowed(self, metrics):
-        torch.cuda.set_sync_debug_mode("default")
-        log(self, metrics)
-
-    monkeypatch.setattr(Trainer, "_advance", checked)
-    monkeypatch.setattr(Trainer, "_log", allowed)
-    # Not LARS, whose steps in fp16 wait by design (optim.make_optimizer).
+    forbid_waiting(monkeypatch)
+    # Not LARS, whose steps in fp16 wait by design (optimizers.make_optimizer).
     small = "--backbone resnet18 --size 64 --batch-size 8 --epochs 2 --warmup-epochs 0 --log-every 6 --max-steps 6"
     common = ["--device", "cuda", "--compile", "off", "--optimizer", "sgd", *small.split()]
     arguments = ["--data", beton, "--out", tmp_path / "run", *common, *options.split()]
@@ -458,7 +446,7 @@ def test_every_epoch_says_where_its_time_went(finished: Path, beton: Path, tmp_p
 
 def test_several_files_are_one_data_set_and_page_order_trains(beton: Path, val_beton: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert train("--data", f"{beton},{val_beton}", "--out", folder, *SMALL, "--order", "page") == 0
+    assert train("--data", f"{beton},{val_beton}", "--out", folder, *FLAGS, "--order", "page") == 0
     assert max(losses(folder)) == 2 * ((48 + 20) // 8)
 
 
@@ -476,16 +464,16 @@ def test_a_run_goes_on_with_the_backend_it_began_with(beton: Path, tmp_path: Pat
 
 def test_sizes_follow_their_schedule(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Equal shares of the epochs; a resumed run goes on with the size that was due, and the same losses."""
-    words = ["--data", str(beton), *map(str, SMALL), "--epochs", "4", "--size", "32", "--size-schedule", "16:24:32"]
+    words = ["--data", str(beton), *FLAGS, "--epochs", "4", "--size", "32", "--size-schedule", "16:24:32"]
     words += ["--backbone", "resnet18-cifar", "--log-every", "1"]
-    seen, step = [], Trainer._advance
+    seen, step = [], Step.__call__
 
-    def look(self: Trainer, batch: object) -> object:
+    def look(self: Step, batch: Batch, progress: Progress) -> object:
         seen.append(batch.views[0].shape[-1])
-        return step(self, batch)
+        return step(self, batch, progress)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_advance", look)
+        patch.setattr(Step, "__call__", look)
         assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     per_epoch = len(seen) // 4
     assert seen == [16] * 2 * per_epoch + [24] * per_epoch + [32] * per_epoch
