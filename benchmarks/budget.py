@@ -13,7 +13,7 @@ import sys
 from fastssl.cli import run_command
 from fastssl.config import schema as configs
 from fastssl.config.command_line import parse
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.planning.cards import CARDS, Card, seconds_per_image
 from fastssl.planning.cost import Work, work
 from fastssl.planning.schedule import at_size, steps_by_size, waiting_bytes
@@ -32,7 +32,7 @@ RECIPES = (
 )
 
 
-def hours(config: Config, works: dict[int, Work], images: int = IMAGENET) -> dict[str, float]:
+def hours(config: RunConfig, works: dict[int, Work], images: int = IMAGENET) -> dict[str, float]:
     """Hours of the training steps, by card. `works`: the work of a step, by size of the views."""
     batch = config.data.batch_size
     steps = steps_by_size(config, images // batch)
@@ -43,7 +43,7 @@ def hours(config: Config, works: dict[int, Work], images: int = IMAGENET) -> dic
     return {card.name: seconds(card) / 3600 for card in CARDS if card.name in SHOWN}
 
 
-def memory(config: Config, works: dict[int, Work]) -> float:
+def memory(config: RunConfig, works: dict[int, Work]) -> float:
     """Bytes in use at once by the step, and by the batches that wait beside it."""
     return max(w.peak for w in works.values()) + waiting_bytes(config)
 

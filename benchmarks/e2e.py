@@ -44,7 +44,7 @@ LEAST_SHARE = 0.98  # of the speed on synthetic views
 
 
 @dataclass(kw_only=True)
-class Config:
+class EndToEndOptions:
     """Steps per second with the loader and on synthetic views. All other options are those of fastssl-train."""
 
     repeats: int = 5
@@ -124,7 +124,7 @@ class Other:
         pass
 
 
-def others(config: Config, trainer: Trainer) -> tuple[dict[str, Other], dict[str, str]]:
+def others(config: EndToEndOptions, trainer: Trainer) -> tuple[dict[str, Other], dict[str, str]]:
     """The peers that can run here, and why the rest cannot. Raises UserError for training that they do not do."""
     if not config.peers:
         return {}, {}
@@ -139,7 +139,7 @@ def others(config: Config, trainer: Trainer) -> tuple[dict[str, Other], dict[str
     return {name: Other(PEERS[name], trainer, config.steps, workers) for name in names}, skipped
 
 
-def measure(config: Config, trainer: Trainer) -> Report:
+def measure(config: EndToEndOptions, trainer: Trainer) -> Report:
     """Interleaved blocks of steps, seconds each, and what the loader did in its own."""
     loader = trainer.loader
     synthetic = Loader(
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def command(arguments: list[str]) -> int:
         config, rest = tyro.cli(
-            Config,
+            EndToEndOptions,
             prog="python -m benchmarks.e2e",
             description="Training with the loader against training on synthetic views. All other options, and a "
             "preset as the first word, are those of fastssl-train.",

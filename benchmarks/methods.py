@@ -36,7 +36,7 @@ COMMON = "--knn-every 0 --log-every 50 --workers 1"
 
 
 @dataclass(kw_only=True)
-class Config:
+class MethodsOptions:
     """Train every row, then print the table."""
 
     data: str = ""
@@ -53,13 +53,13 @@ class Config:
     """Write the table to this file, too."""
 
 
-def command(config: Config, name: str) -> list[str]:
+def command(config: MethodsOptions, name: str) -> list[str]:
     """Arguments of fastssl-train for a row."""
     paths = ["--data", config.data, "--val", config.val, "--out", str(config.out / name)]
     return [name, *paths, *shlex.split(COMMON)]
 
 
-def train(config: Config, name: str) -> None:
+def train(config: MethodsOptions, name: str) -> None:
     """Run a row, unless it is there already. Raises UserError with the end of what it said if it fails."""
     here = config.out / name
     if (here / "weights.safetensors").exists():
@@ -74,7 +74,7 @@ def train(config: Config, name: str) -> None:
         raise UserError(f"{name} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
 
 
-def row(config: Config, name: str) -> dict[str, object]:
+def row(config: MethodsOptions, name: str) -> dict[str, object]:
     """The results of a finished run."""
     here = config.out / name
     run = configs.load_yaml(here / "config.yaml")
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     """The console command. Returns the exit status."""
 
     def run(arguments: list[str]) -> int:
-        config = tyro.cli(Config, prog="benchmarks.methods", description=__doc__, args=arguments)
+        config = tyro.cli(MethodsOptions, prog="benchmarks.methods", description=__doc__, args=arguments)
         if not config.data or not config.val:
             raise UserError("give --data TRAIN.beton and --val VAL.beton: both with labels")
         for name in config.only:

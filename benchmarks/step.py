@@ -71,7 +71,7 @@ GB = 1e9
 
 
 @dataclass(kw_only=True)
-class Config:
+class StepOptions:
     """Options."""
 
     data: Path | None = None
@@ -127,7 +127,7 @@ class Variant:
     one_pass: bool = True
     compile: Literal["off", "on", "reduce-overhead"] = "off"
 
-    def missing(self, config: Config, device: torch.device) -> str | None:
+    def missing(self, config: StepOptions, device: torch.device) -> str | None:
         """Why it cannot run, or would be another one again."""
         if self.compile == "reduce-overhead" and device.type == "cpu":
             return "CUDA graphs need a GPU"
@@ -170,7 +170,7 @@ class Contestant:
         self.take(self.views)
 
 
-def train_config(config: Config, backbone: str, variant: Variant) -> configs.Config:
+def train_config(config: StepOptions, backbone: str, variant: Variant) -> configs.RunConfig:
     """What fastssl-train would be given."""
     made = configs.typed_config(config.method)()
     made.model.method = config.method
@@ -181,7 +181,9 @@ def train_config(config: Config, backbone: str, variant: Variant) -> configs.Con
     return configs.replace(made, **changes)
 
 
-def ours(config: Config, backbone: str, variant: Variant, views: Sequence[Tensor], device: torch.device) -> Contestant:
+def ours(
+    config: StepOptions, backbone: str, variant: Variant, views: Sequence[Tensor], device: torch.device
+) -> Contestant:
     """This project's step, or what is left of it in that variant."""
     options = train_config(config, backbone, variant)
     step = Step(options, make_method(options), device)
@@ -219,21 +221,21 @@ def separate_views(method: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, T
     return loss, {}
 
 
-def peer(config: Config, backbone: str, name: str, views: Sequence[Tensor], device: torch.device) -> Contestant:
+def peer(config: StepOptions, backbone: str, name: str, views: Sequence[Tensor], device: torch.device) -> Contestant:
     """Somebody else's step."""
     step = PEERS[name].step(name=backbone, size=config.size, device=device)
     own_views = [view.float().contiguous() for view in views[: PEERS[name].num_views(len(views))]]
     return Contestant(step, own_views, list(step.net.parameters()), step.precision.dtype)
 
 
-def make(config: Config, backbone: str, name: str, views: Sequence[Tensor], device: torch.device) -> Contestant:
+def make(config: StepOptions, backbone: str, name: str, views: Sequence[Tensor], device: torch.device) -> Contestant:
     """By name."""
     if name in VARIANTS:
         return ours(config, backbone, VARIANTS[name], views, device)
     return peer(config, backbone, name, views, device)
 
 
-def make_views_on(config: Config, spec: ViewSpec, device: torch.device) -> list[Tensor]:
+def make_views_on(config: StepOptions, spec: ViewSpec, device: torch.device) -> list[Tensor]:
     """K views [B, 3, S, S]: of the file's first images, or normally distributed."""
     if config.data is None:
         generator = torch.Generator().manual_seed(0)
@@ -390,7 +392,7 @@ def matmul(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Ca
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def measure(config: Config) -> Report:
+def measure(config: StepOptions) -> Report:
     """One training step: what each measure gains, its parts, memory and traffic, and the steps of others."""
     device = pick_device(config.device)
     if device.type == "cpu":
@@ -422,7 +424,7 @@ def measure(config: Config) -> Report:
 
 
 def measure_backbone(
-    config: Config,
+    config: StepOptions,
     backbone: str,
     names: Iterable[str],
     work: dict[str, tuple[Callable, float]],
@@ -477,7 +479,7 @@ def several(contestant: Contestant, steps: int) -> Callable[[int], None]:
     return round_
 
 
-def row(config: Config, c: Contestant, seconds: list[float], rates: dict[str, dict]) -> dict[str, Any]:
+def row(config: StepOptions, c: Contestant, seconds: list[float], rates: dict[str, dict]) -> dict[str, Any]:
     """What one contestant's steps took, seconds each, kept, moved and computed."""
     meter, peak = metered(c.plain() if c.plain else c), peak_bytes(c)
     moved = None if c.plain else meter.bytes
@@ -516,7 +518,7 @@ def parts_round(contestant: Contestant) -> Callable[[int], None]:
     return round_
 
 
-def tables(config: Config, backbone: str, device: torch.device, rows: Sequence[dict[str, Any]]) -> list[Table]:
+def tables(config: StepOptions, backbone: str, device: torch.device, rows: Sequence[dict[str, Any]]) -> list[Table]:
     """One backbone for people: times, and what was done in them."""
     rates = {r["contestant"]: r["per_s"]["median"] for r in rows if "per_s" in r}
     device_does = [
@@ -558,4 +560,4 @@ def verdict(what: str, value: float, bound: float, *, at_most: bool = False) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(common.main("step", Config, measure))
+    sys.exit(common.main("step", StepOptions, measure))

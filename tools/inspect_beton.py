@@ -16,7 +16,7 @@ from loaders.beton import Reader
 
 
 @dataclass
-class Config:
+class InspectOptions:
     """Print what a .beton file holds."""
 
     file: tyro.conf.Positional[Path]
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
 
     def command(arguments: list[str]) -> int:
-        config = tyro.cli(Config, prog="python -m tools.inspect_beton", args=arguments)
+        config = tyro.cli(InspectOptions, prog="python -m tools.inspect_beton", args=arguments)
         summary(Console(), str(config.file), describe(Reader(config.file)))
         return 0
 

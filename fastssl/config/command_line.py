@@ -10,7 +10,7 @@ import tyro
 
 from fastssl.config import presets
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from loaders.errors import UserError
 
 # What --resume may change: how a run is carried out, not what it computes.
@@ -21,14 +21,14 @@ RESUMABLE = {
 }
 
 
-def default_folder(config: Config) -> Path:
+def default_folder(config: RunConfig) -> Path:
     """runs/NAME-DATA: NAME is the preset, or method and backbone."""
     name = config.preset or f"{config.model.method}-{config.model.backbone.replace('/', '-')}"
     data = Path(config.data.data.split(",")[0]).name.removesuffix(".beton")
     return Path("runs") / f"{name}-{re.sub('[^A-Za-z0-9._-]+', '-', data)}"
 
 
-def parse(argv: list[str]) -> Config:
+def parse(argv: list[str]) -> RunConfig:
     """The configuration that a command line describes: preset (the method's first one, the run to resume), then flags.
 
     Raises UserError for unknown names and for flags that the configuration does not read; tyro ends the program with
@@ -43,7 +43,7 @@ def parse(argv: list[str]) -> Config:
         base = presets.first_of(method)
     else:
         base = configs.typed_config("fastsiam")()
-    saved: Config | None = None
+    saved: RunConfig | None = None
     if resuming:
         folder = _flag(flags, "--out")
         if folder is None:
@@ -86,7 +86,7 @@ def _flag(flags: list[str], name: str) -> str | None:
     return value
 
 
-def _check_resumable(saved: Config, config: Config) -> None:
+def _check_resumable(saved: RunConfig, config: RunConfig) -> None:
     before, after = configs.to_dict(saved), configs.to_dict(config)
     for group in ("data", "model", "method_options", "optim", "run"):
         for name, value in after[group].items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config, Model
+from fastssl.config.schema import Model, RunConfig
 
 # Training images.
 DATASETS = {"imagenet": 1_281_167, "imagenette": 9_469, "cifar10": 50_000}
@@ -32,7 +32,7 @@ class Preset:
     notes: str = ""
     """Choices of our own, and differences from the source."""
 
-    def make(self) -> Config:
+    def make(self) -> RunConfig:
         """The configuration that the recipe describes."""
         config = configs.typed_config(self.method)(model=Model(method=self.method), preset=self.name)
         return configs.replace(config, **self.values)

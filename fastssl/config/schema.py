@@ -255,7 +255,7 @@ class Run(Options):
 
 
 @dataclass(kw_only=True)
-class Config:
+class RunConfig:
     """Pre-train an image backbone without labels on one GPU (or a CPU)."""
 
     data: Data = field(default_factory=Data)
@@ -282,17 +282,17 @@ class Config:
 
 
 @functools.cache
-def typed_config(method: str) -> type[Config]:
-    """`Config` whose `method_options` have the type that `methods/METHOD.py` gives them, with its help text."""
+def typed_config(method: str) -> type[RunConfig]:
+    """`RunConfig` whose `method_options` have the type that `methods/METHOD.py` gives them, with its help text."""
     options = methods.load(method).Config
     made = dataclasses.make_dataclass(
-        "Config", [("method_options", options, field(default_factory=options))], bases=(Config,), kw_only=True
+        "RunConfig", [("method_options", options, field(default_factory=options))], bases=(RunConfig,), kw_only=True
     )
-    made.__doc__ = Config.__doc__
+    made.__doc__ = RunConfig.__doc__
     return made
 
 
-def validate(config: Config) -> None:
+def validate(config: RunConfig) -> None:
     """Raise UserError for values that make no sense, with the flag to change."""
     for group in config.groups.values():
         # The command line lets only these values through; a saved configuration may hold any.
@@ -307,7 +307,7 @@ def validate(config: Config) -> None:
     )
 
 
-def refuse_unread(config: Config, base: Config) -> None:
+def refuse_unread(config: RunConfig, base: RunConfig) -> None:
     """Raise UserError for an option that differs from `base`, where the user's changes began, but is not read."""
     before, after = leaves(base), leaves(config)
     for name, condition in read_if(config).items():
@@ -316,12 +316,12 @@ def refuse_unread(config: Config, base: Config) -> None:
             raise UserError(f"{given} is not read here: it needs {condition.words}, or leave it out")
 
 
-def leaves(config: Config) -> dict[str, Any]:
+def leaves(config: RunConfig) -> dict[str, Any]:
     """Values of all options, by name."""
     return {name: value for group in config.groups.values() for name, value in vars(group).items()}
 
 
-def read_if(config: Config) -> dict[str, Condition]:
+def read_if(config: RunConfig) -> dict[str, Condition]:
     """The conditions that the configuration's classes declare, by option."""
     return {name: when for group in config.groups.values() for name, when in conditions(type(group)).items()}
 
@@ -332,18 +332,18 @@ def _on_command_line(name: str, value: Any) -> str:
     return f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
-def sizes(config: Config) -> tuple[int, ...]:
+def sizes(config: RunConfig) -> tuple[int, ...]:
     """Sizes of the large views in the course of the run, px, each for the same share of its epochs."""
     return config.data.size_schedule or (config.data.size,)
 
 
-def size_at(config: Config, epoch: int) -> int:
+def size_at(config: RunConfig, epoch: int) -> int:
     """Side of the large views in an epoch, px (`--size-schedule`)."""
     all_sizes = sizes(config)
     return all_sizes[min(epoch * len(all_sizes) // config.optim.epochs, len(all_sizes) - 1)]
 
 
-def replace(config: Config, **changes: Any) -> Config:
+def replace(config: RunConfig, **changes: Any) -> RunConfig:
     """A copy with options changed by name, in whichever group they are (`replace(c, epochs=5, dim=512)`)."""
     config = copy.copy(config)
     for name, group in config.groups.items():
@@ -358,7 +358,7 @@ def replace(config: Config, **changes: Any) -> Config:
     return config
 
 
-def with_method(config: Config, method: str) -> Config:
+def with_method(config: RunConfig, method: str) -> RunConfig:
     """The same configuration under another method; what was changed in options that both have stays changed."""
     made = typed_config(method)(**vars(config) | {"method_options": methods.load(method).Config()})
     made.model = dataclasses.replace(config.model, method=method)
@@ -369,7 +369,7 @@ def with_method(config: Config, method: str) -> Config:
     return made
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: RunConfig) -> dict[str, Any]:
     """Plain nested values, for config.yaml and the checkpoint."""
 
     def plain(value: Any) -> Any:
@@ -382,7 +382,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def from_dict(values: dict[str, Any], where: str) -> Config:
+def from_dict(values: dict[str, Any], where: str) -> RunConfig:
     """The inverse of `to_dict`. Raises UserError, naming `where`, for fields that do not exist."""
     if not isinstance(values, dict) or "model" not in values:
         raise UserError(f"{where} is not the configuration of a run")
@@ -398,12 +398,12 @@ def from_dict(values: dict[str, Any], where: str) -> Config:
     return config
 
 
-def save_yaml(config: Config, path: Path) -> None:
+def save_yaml(config: RunConfig, path: Path) -> None:
     """Write config.yaml."""
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
-def load_yaml(path: Path) -> Config:
+def load_yaml(path: Path) -> RunConfig:
     """Read config.yaml. Raises UserError if it is not one."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from fastssl import export
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract
 from fastssl.planning.schedule import Range, at_size
@@ -89,7 +89,7 @@ class Neighbours:
 class Bench:
     """The parts of a run, made in an empty `folder` that is not the run's, and timed."""
 
-    def __init__(self, config: Config, folder: Path):
+    def __init__(self, config: RunConfig, folder: Path):
         start = time.perf_counter()
         config = configs.replace(at_size(config, config.data.size), out=folder, resume=False, overwrite=False)
         self.config, self.folder = config, folder

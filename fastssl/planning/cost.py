@@ -25,9 +25,9 @@ from torch.utils.flop_counter import flop_registry
 
 from fastssl import methods
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.networks.backbones import backbone
-from fastssl.networks.batch_norm import GroupedBatchNorm
+from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.progress import Progress
 from fastssl.training.build import make_method, make_views
 from fastssl.training.step import Step
@@ -54,7 +54,7 @@ class Cost:
         return self.flops / ASSUMED_FLOPS_PER_S / 3600
 
 
-def cost(config: Config, num_images: int) -> Cost:
+def cost(config: RunConfig, num_images: int) -> Cost:
     """The cost of `config` on a data set of `num_images`."""
     images, spec = num_images * config.optim.epochs, make_views(config)
     # Recipes that differ in epochs or rates are counted once.
@@ -67,7 +67,7 @@ def cost(config: Config, num_images: int) -> Cost:
 _counted: dict[str, float] = {}
 
 
-def _flops_per_image(config: Config, spec: ViewSpec) -> float:
+def _flops_per_image(config: RunConfig, spec: ViewSpec) -> float:
     """Floating-point operations of one image in one step: three times the forward pass of what is trained, once that of
     what only makes targets; heads and the products in the loss included."""
     model, num = config.model.backbone, config.data.batch_size
@@ -153,7 +153,7 @@ class Work:
     """Operations per image that the device is asked for, one by one."""
 
 
-def work(config: Config) -> Work:
+def work(config: RunConfig) -> Work:
     """`Work` of a step of `config`, with half precision where autocast has it: counted on tensors without memory.
 
     It is the run's own `Step`, so that momentum copies, micro-batches and recomputed activations count as they are.
@@ -168,9 +168,8 @@ def work(config: Config) -> Work:
         method.to_empty(device=cpu)
         method.to = lambda *_, **__: method  # is there already, and fake weights cannot be converted
         step = Step(config, method, cpu)
-        for m in step.method.modules():
-            if isinstance(m, GroupedBatchNorm):
-                m.joint, m.splits, m.images = True, 1, None  # groups move as many bytes as one, once they are fused
+        # Groups move as many bytes as one, once they are fused.
+        group_batch_norm(step.method, joint=True, splits=1, images=None)
         views = [torch.empty(num, size, size, 3).permute(0, 3, 1, 2).bfloat16() for size in spec.sizes]
         tiles = [divide(view, spec.divide) for view in views] if spec.divide > 1 else None
         batch = Batch(views, tiles, torch.arange(num), torch.zeros(num, dtype=torch.int64))

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from fastssl.config import schema as configs
 from fastssl.config.command_line import default_folder
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.planning.bench import Bench, Neighbours
 from fastssl.planning.cards import CARDS, EFFICIENCY, LAUNCH, seconds_per_image
 from fastssl.planning.cost import work
@@ -39,7 +39,7 @@ _USABLE = 0.9  # of a card's memory: the rest is the driver's, and what torch's 
 class Plan:
     """Everything that is measured of a run, for some seconds; `folder` is empty and not the run's."""
 
-    def __init__(self, config: Config, folder: Path):
+    def __init__(self, config: RunConfig, folder: Path):
         self.config, self.folder = config, folder
         with Bench(config, folder / "run") as bench:
             self.bench = bench
@@ -76,7 +76,7 @@ class Plan:
         """What the run consists of: how often, and seconds in all."""
         return parts(self.config, self.costs, self.steps_per_epoch)
 
-    def seconds(self, config: Config | None = None, factor: float = 1.0) -> Range:
+    def seconds(self, config: RunConfig | None = None, factor: float = 1.0) -> Range:
         """Of the whole run, or of a changed one whose steps take `factor` times as long."""
         loop = {size: seconds * factor for size, seconds in self.costs.loop.items()}
         costs = dataclasses.replace(self.costs, loop=loop)
@@ -125,7 +125,7 @@ def options(plan: Plan, budget: float) -> list[Option]:
 def _epochs(
     plan: Plan,
     budget: float,
-    config: Config | None = None,
+    config: RunConfig | None = None,
     factor: float = 1.0,
     flags: str = "",
     basis: str = "measured",
@@ -196,7 +196,7 @@ def _schedules(plan: Plan) -> list[Option]:
 # ------------------------------------------------------------------ printing
 
 
-def run(config: Config, console: Console | None = None) -> int:
+def run(config: RunConfig, console: Console | None = None) -> int:
     """The command. Returns the exit status. Raises UserError for a run that could not start."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--plan measures one process: start it without torchrun, with one process's --batch-size")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.training.build import make_views
 
 
@@ -47,12 +47,12 @@ class Costs:
     """One evaluation of the monitor."""
 
 
-def at_size(config: Config, size: int) -> Config:
+def at_size(config: RunConfig, size: int) -> RunConfig:
     """The run with views of this size throughout."""
     return configs.replace(config, size=size, size_schedule=())
 
 
-def waiting_bytes(config: Config) -> int:
+def waiting_bytes(config: RunConfig) -> int:
     """Of the batches of views that the loader keeps ready on a GPU, at most, in half precision."""
     if config.run.micro_batch is not None:  # made when they are asked for
         return 0
@@ -60,7 +60,7 @@ def waiting_bytes(config: Config) -> int:
     return 2 * 3 * pixels * config.data.batch_size * config.data.prefetch
 
 
-def steps_by_size(config: Config, steps_per_epoch: int) -> Counter[int]:
+def steps_by_size(config: RunConfig, steps_per_epoch: int) -> Counter[int]:
     """How many steps the run makes with views of each size."""
     epochs, steps = config.optim.epochs, Counter()
     left = min(epochs * steps_per_epoch, config.run.max_steps or epochs * steps_per_epoch)
@@ -70,7 +70,7 @@ def steps_by_size(config: Config, steps_per_epoch: int) -> Counter[int]:
     return +steps  # without zeros
 
 
-def parts(config: Config, costs: Costs, steps_per_epoch: int) -> dict[str, tuple[int, Range]]:
+def parts(config: RunConfig, costs: Costs, steps_per_epoch: int) -> dict[str, tuple[int, Range]]:
     """What the run consists of: how often, and seconds in all."""
     by_size = steps_by_size(config, steps_per_epoch)
     steps = sum(by_size.values())
@@ -92,6 +92,6 @@ def parts(config: Config, costs: Costs, steps_per_epoch: int) -> dict[str, tuple
     }
 
 
-def total(config: Config, costs: Costs, steps_per_epoch: int) -> Range:
+def total(config: RunConfig, costs: Costs, steps_per_epoch: int) -> Range:
     """Seconds of the whole run."""
     return sum((seconds for _, seconds in parts(config, costs, steps_per_epoch).values()), exactly(0))

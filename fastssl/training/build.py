@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from fastssl import methods
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.networks.activation_checkpointing import checkpoint_activations
 from fastssl.networks.backbones import backbone, check_size
-from fastssl.networks.batch_norm import group_batch_norm, has_batch_norm, need_plain_batch_norm
+from fastssl.networks.batch_norm import group_batch_norm, need_batch_norm_groups, running_norms
 from loaders import ViewSpec
 from loaders.errors import UserError
 from loaders.views import RECIPES
 
 
-def make_views(config: Config, size: int | None = None) -> ViewSpec:
+def make_views(config: RunConfig, size: int | None = None) -> ViewSpec:
     """The views that the method asks for, made by the recipe with the configuration's changes to crop and blur.
 
     size: of the large views, px, where it is not --size.
@@ -36,7 +36,7 @@ def make_views(config: Config, size: int | None = None) -> ViewSpec:
     return config.method_options.views(recipe)
 
 
-def make_method(config: Config) -> nn.Module:
+def make_method(config: RunConfig) -> nn.Module:
     """Backbone and heads, freshly initialised from the run's seed, on the host.
 
     Raises UserError for an unknown backbone or one that does not take images of the sizes of the method's views.
@@ -50,12 +50,12 @@ def make_method(config: Config) -> nn.Module:
     for size in sizes - {config.data.size}:
         check_size(model.backbone, net, size, "this method's small views or tiles")
     config.method_options.check_network(net, config.data.size)
-    if config.run.recalibrate_bn and not has_batch_norm(net):
+    if config.run.recalibrate_bn and not running_norms(net):
         raise UserError(f"--recalibrate-bn: {model.backbone} has no BatchNorm, leave it out")
     if model.activation_checkpointing:
         checkpoint_activations(net, model.backbone)
     method = methods.load(config.model.method).Method(net, width, config.method_options)
     joint = model.bn_statistics == "joint"
     if joint or model.sync_bn:
-        need_plain_batch_norm(method, "--sync-bn" if model.sync_bn else "--bn-statistics joint")
+        need_batch_norm_groups(method, "--sync-bn" if model.sync_bn else "--bn-statistics joint")
     return group_batch_norm(method, joint=joint, sync=model.sync_bn)

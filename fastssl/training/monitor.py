@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract
 from fastssl.evaluate.recalibrate import recalibrated
@@ -22,7 +22,7 @@ class Monitor:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         reader: Reader | Readers,
         val_reader: Reader | Readers | None,
         device: torch.device,

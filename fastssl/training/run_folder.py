@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastssl import export
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.evaluate.recalibrate import NAME as RECALIBRATED
 from fastssl.training import checkpoint
 from fastssl.training import log as logs
@@ -32,7 +32,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"--out {folder} holds a run: continue it with --resume, replace it with --overwrite")
 
 
-def begin(folder: Path, config: Config, reader: Reader | Readers, spec: ViewSpec) -> None:
+def begin(folder: Path, config: RunConfig, reader: Reader | Readers, spec: ViewSpec) -> None:
     """Make the folder of a new run, with its configuration and a picture of its views; a resumed one is left alone."""
     folder.mkdir(parents=True, exist_ok=True)
     if config.run.resume:

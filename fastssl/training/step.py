@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import processes
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.device import pick_precision
 from fastssl.methods.base import Method
 from fastssl.networks.micro_batch import MicroBatches, slices, use_micro_batches
@@ -28,7 +28,7 @@ from loaders.errors import UserError
 class Step:
     """What a step is made with: method, optimiser, loss scaling. `step(batch, progress)` takes one."""
 
-    def __init__(self, config: Config, method: Method, device: torch.device, world: World | None = None):
+    def __init__(self, config: RunConfig, method: Method, device: torch.device, world: World | None = None):
         self.config, self.device, self.world = config, device, world or World()
         self.method, self.precision = method, pick_precision(config.run.precision, device)
         self.micro = self._micro_batches()

@@ -23,7 +23,7 @@ import fastssl
 from fastssl import export, processes
 from fastssl.config import schema as configs
 from fastssl.config.command_line import default_folder
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.device import pick_device, pick_precision
 from fastssl.evaluate.recalibrate import NAME as RECALIBRATED
 from fastssl.progress import Progress
@@ -46,7 +46,7 @@ class NonFiniteLoss(UserError):
 class Trainer:
     """One run: what it is made of, where it stands, and the loop."""
 
-    def __init__(self, config: Config, console: Console):
+    def __init__(self, config: RunConfig, console: Console):
         configs.validate(config)
         self.config, self.console = config, console
         self.device = pick_device(config.run.device)
@@ -476,7 +476,7 @@ class Trainer:
         return result
 
 
-def train(config: Config, console: Console | None = None) -> dict[str, Any]:
+def train(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
     """Run one configuration from start (or checkpoint) to end.
 
     Returns steps, hours, images_per_s, peak_memory_gb, best_knn, stopped and folder. Raises UserError for input that

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from benchmarks import common, step
 from benchmarks.peers import PEERS, Lightly, SimSiam
-from benchmarks.step import VARIANTS, Config, Contestant
+from benchmarks.step import VARIANTS, Contestant, StepOptions
 from fastssl.device import pick_precision
 from fastssl.training.build import make_method
 from loaders import Batch
 
-run_command = functools.partial(common.main, "step", Config, step.measure)
+run_command = functools.partial(common.main, "step", StepOptions, step.measure)
 CPU = torch.device("cpu")
 B, K, S = 4, 4, 32
-SMALL = Config(backbones=("resnet18",), batch_size=B, size=S, repeats=2, device="cpu")
+SMALL = StepOptions(backbones=("resnet18",), batch_size=B, size=S, repeats=2, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pkgutil
 from fastssl import methods
 from fastssl.config import schema as configs
 from fastssl.config.recipe import Preset
-from fastssl.config.schema import Config, Model
+from fastssl.config.schema import Model, RunConfig
 from loaders.errors import unknown
 
 # What `--method M` alone takes per step, so that it runs on one card: FastSiam's batch.
@@ -32,14 +32,14 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def load(name: str) -> Config:
+def load(name: str) -> RunConfig:
     """The configuration of preset `name`. Raises UserError for an unknown one."""
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS, listing="fastssl-train --list")
     return PRESETS[name].make()
 
 
-def first_of(method: str) -> Config:
+def first_of(method: str) -> RunConfig:
     """The configuration that `--method METHOD` alone begins with: the method's first preset at 32 images per step, to
     which its rate is scaled; the method's defaults if it has none. Raises UserError for an unknown method."""
     for preset in PRESETS.values():

@@ -21,7 +21,7 @@ from fastssl.config import presets
 from fastssl.config import schema as configs
 from fastssl.config.command_line import parse
 from fastssl.config.presets import PRESETS
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.losses.multicrop import rebalanced_weights
 from fastssl.networks.backbones import backbone
 from fastssl.planning.cost import ASSUMED_VIEWS_PER_S, cost
@@ -35,7 +35,7 @@ from loaders import UserError
 IMAGENET = 1_281_167
 
 
-def load(name: str) -> Config:
+def load(name: str) -> RunConfig:
     return configs.replace(presets.load(name), data="x.beton")
 
 

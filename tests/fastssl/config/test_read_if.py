@@ -13,7 +13,7 @@ from fastssl import methods
 from fastssl.conditions import Condition
 from fastssl.config import schema as configs
 from fastssl.config.command_line import parse
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.networks.backbones import NAMES
 from fastssl.train import main
 from loaders import UserError
@@ -21,7 +21,7 @@ from loaders import UserError
 NAMED = {"backbone": (*NAMES, "timm/resnet10t"), "val": (None, "val.beton")}
 
 
-def config_of(method: str) -> Config:
+def config_of(method: str) -> RunConfig:
     return configs.typed_config(method)(model=configs.Model(method=method))
 
 
@@ -35,7 +35,7 @@ def declared() -> list[tuple[str, str, Condition]]:
     return [(method, option, condition) for (option, condition), method in found.items()]
 
 
-def values(config: Config, option: str) -> tuple:
+def values(config: RunConfig, option: str) -> tuple:
     """Some that the option can have."""
     group = next(group for group in config.groups.values() if option in vars(group))
     hint, now = typing.get_type_hints(type(group))[option], configs.leaves(config)[option]
@@ -48,7 +48,7 @@ def values(config: Config, option: str) -> tuple:
     return tuple(v / 2 for v in now) if isinstance(now, tuple) else (0, 1, 0.25, 32)
 
 
-def changed(config: Config, option: str) -> Config:
+def changed(config: RunConfig, option: str) -> RunConfig:
     """The configuration with another value of the option."""
     now = configs.leaves(config)[option]
     other = tuple(v / 2 for v in now) if isinstance(now, tuple) else next(v for v in values(config, option) if v != now)

@@ -11,8 +11,8 @@ from small import config_of, has, made
 from torch import nn
 
 from fastssl import methods
-from fastssl.config.schema import Config
-from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm
+from fastssl.config.schema import RunConfig
+from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.networks.encode import in_groups
 from fastssl.networks.micro_batch import MicroBatches, slices
 from fastssl.progress import Progress
@@ -42,7 +42,7 @@ for _name in methods.available():
             CASES[" ".join([_name, *map(str, _options.values())])] = (_name, _active | _options)
 
 
-def steps(name: str, options: dict[str, object], micro: bool) -> tuple[list, nn.Module, Config]:
+def steps(name: str, options: dict[str, object], micro: bool) -> tuple[list, nn.Module, RunConfig]:
     """Losses, gradients and weights of some steps in float64: in micro-batches, or in one pass in groups as large."""
     config, method, batch = made(name, B=IMAGES, **options)
     config.run.precision, config.run.compile, config.data.batch_size = "fp32", "off", IMAGES
@@ -50,10 +50,7 @@ def steps(name: str, options: dict[str, object], micro: bool) -> tuple[list, nn.
     for p in method.parameters():
         if p.ndim == 1 and p.requires_grad:  # not SimSiam's zero at the end of every residual branch
             nn.init.uniform_(p, 0.5, 1)
-    step = Step(config, group_batch_norm(method).double(), CPU)
-    for m in method.modules():
-        if isinstance(m, GroupedBatchNorm):
-            m.images = PART
+    step = Step(config, group_batch_norm(method, images=PART).double(), CPU)
     seen = []
     hooked, grads = method.after_backward, []
 
@@ -136,7 +133,7 @@ def test_no_graph_no_second_pass() -> None:
     net.micro_batches = MicroBatches(2)
     with torch.no_grad():
         h = in_groups(net, torch.randn(6, 4), 1)
-    assert not h.requires_grad and not net.micro_batches._calls
+    assert not h.requires_grad and not net.micro_batches._passes
 
 
 def test_slices_keep_views_and_tiles_of_their_images() -> None:

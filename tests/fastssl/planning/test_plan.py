@@ -21,7 +21,7 @@ from small import config_of
 
 from fastssl.config import schema as configs
 from fastssl.config.command_line import parse
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.planning import bench as forecast
 from fastssl.planning import plan as plans
 from fastssl.planning.bench import Neighbours, timed
@@ -44,7 +44,7 @@ _SMALL = {
 SMALL = [str(word) for name, value in _SMALL.items() for word in (f"--{name}", value)]
 
 
-def config(**values: object) -> Config:
+def config(**values: object) -> RunConfig:
     return configs.replace(config_of("fastsiam"), data="T.beton", **values)
 
 
@@ -206,7 +206,7 @@ class Told(Plan):
 
     steps_per_epoch = 100
 
-    def __init__(self, config: Config):
+    def __init__(self, config: RunConfig):
         self.config = config
         loop, start = self.loop()
         self.costs = Costs({config.data.size: loop}, {config.data.size: start})

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small import TinyResNet, has, made
+from small import has, made
 from torch import Tensor, nn
 
 from fastssl import methods
@@ -81,17 +81,3 @@ def test_a_compiled_method_trains_like_an_eager_one(name: str) -> None:
         torch.testing.assert_close(loss, loss_, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(grads, grads_, rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(buffers, buffers_, rtol=1e-3, atol=1e-4)
-
-
-def test_a_method_without_a_loss_of_its_own_has_its_parts_compiled() -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone, self.projector = TinyResNet(), nn.Linear(64, 8)
-
-    method, graphs = Plain(), []
-    compile_method(method, backend=lambda graph, _inputs: graphs.append(graph) or graph)
-    method.projector(torch.randn(2, 64))
-    assert len(graphs) == 1
-    method.eval().backbone(torch.randn(2, 3, 32, 32))
-    assert len(graphs) == 2

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import methods, processes
 from fastssl.losses import guided as addons
-from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm
+from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.networks.encode import encode_shuffled
 from fastssl.progress import Progress
 from fastssl.training.step import Step
@@ -105,9 +105,8 @@ def trained_steps(name: str, mode: str) -> list[dict]:
     smooth(group_batch_norm(method.double(), sync=mode == "sync"))
     config.run.micro_batch = own // 2 if mode == "micro" and not alone else None
     step = Step(config, method, torch.device("cpu"), processes.World(processes.rank(), processes.size()))
-    for m in method.modules():
-        if isinstance(m, GroupedBatchNorm) and alone:
-            m.images = {"groups": own, "sync": None, "micro": own // 2}[mode]
+    if alone:
+        group_batch_norm(method, images={"groups": own, "sync": None, "micro": own // 2}[mode])
     share = slice(processes.rank() * IMAGES // processes.size(), (processes.rank() + 1) * IMAGES // processes.size())
     seen, hook = [], method.after_backward
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config, Optim
+from fastssl.config.schema import Optim, RunConfig
 from fastssl.methods import simsiam
 from fastssl.methods.base import Method
 from fastssl.progress import Progress
@@ -43,7 +43,7 @@ GSG_CIFAR = Optim(lr=0.06, lr_batch_size=512, epochs=200, schedule="constant", w
 LIGHTLY_CIFAR = Optim(lr=0.06, lr_batch_size=0, epochs=200, weight_decay=5e-4)
 
 
-def small(beton: Path | str, folder: Path | str, **fields: object) -> Config:
+def small(beton: Path | str, folder: Path | str, **fields: object) -> RunConfig:
     """Two epochs of three steps of SimSiam."""
     config = configs.replace(
         configs.typed_config("simsiam")(), method="simsiam", data=str(beton), out=folder, backbone="resnet18", size=32,
@@ -427,7 +427,7 @@ def test_published_settings_are_valid(optim: Optim) -> None:
 # ---------------------------------------------------------------------- in the trainer
 
 
-def run(config: Config) -> Trainer:
+def run(config: RunConfig) -> Trainer:
     trainer = Trainer(config, Console(quiet=True))
     assert trainer.run()["steps"] == 6
     return trainer
