@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import processes
-from fastssl.conditions import JOINT, above, unlike
+from fastssl.conditions import JOINT, above, given, unlike
 from fastssl.device import at_least_fp32
 from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import cross_entropy, feature_std, pair_loss
@@ -70,6 +70,7 @@ class Config(MultiCrop, Momentum, base.MethodOptions):
 
     READ_IF = JOINT | {
         **dict.fromkeys(("projector_hidden", "projector_bn"), above("projector_layers", 1)),
+        "decay_last_norm": given("train_last_norm"),
         "teacher_warmup_temperature": above("teacher_warmup_epochs", 0),
         "teacher_warmup_epochs": unlike("teacher_warmup_temperature", "teacher_temperature"),
     }
