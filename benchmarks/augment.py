@@ -58,7 +58,7 @@ Function = Callable[[int], object]  # the number of the round -> nothing of inte
 
 
 @dataclass(kw_only=True)
-class Config(common.Config):
+class AugmentOptions(common.CommonOptions):
     """Options."""
 
     images: int = 64
@@ -130,7 +130,7 @@ class Work:
         return round_
 
 
-def make_work(config: Config, view: View, crops: Sequence[list[torch.Tensor]]) -> Work:
+def make_work(config: AugmentOptions, view: View, crops: Sequence[list[torch.Tensor]]) -> Work:
     """The crops on the device, with draws of their own."""
     device = torch.device(config.device)
     K, B, S = len(crops[0]), config.batch_size, view.size
@@ -143,11 +143,11 @@ def make_work(config: Config, view: View, crops: Sequence[list[torch.Tensor]]) -
     return Work(view, device, dtype, on_device, draws, _num_images(config) // B)
 
 
-def _num_images(config: Config) -> int:
+def _num_images(config: AugmentOptions) -> int:
     return config.images * (GPU_FACTOR if torch.device(config.device).type == "cuda" else 1)
 
 
-def real_crops(config: Config, size: int, num_views: int) -> list[list[torch.Tensor]]:
+def real_crops(config: AugmentOptions, size: int, num_views: int) -> list[list[torch.Tensor]]:
     """Steps of K uint8 crops of the file's images, on the host, as the loader makes them; not more than CACHE_BYTES."""
     steps = max(1, CACHE_BYTES // (3 * size**2 * config.batch_size * num_views))
     images = min(steps, _num_images(config) // config.batch_size) * config.batch_size
@@ -270,7 +270,7 @@ def contestants(device_: torch.device) -> dict[str, Callable[[Work], Function]]:
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def measure(config: Config) -> Report:
+def measure(config: AugmentOptions) -> Report:
     """Augmentation of uint8 crops: operations and recipes, ours and the peers, against the memory's speed."""
     torch.set_num_threads(1)
     on = torch.device(config.device)
@@ -327,7 +327,7 @@ def make_rows(workload: str, num_views: int, work: Work, runs: dict[str, list[Ru
     ]
 
 
-def table(config: Config, num_views: int, rows_: Sequence[dict[str, Any]]) -> Table:
+def table(config: AugmentOptions, num_views: int, rows_: Sequence[dict[str, Any]]) -> Table:
     """One K for people."""
     unit = "GPU us/view" if config.device != "cpu" else "CPU us/view"
     title = f"{num_views} x {config.batch_size} views to {config.dtype} on the {config.device}"
@@ -353,4 +353,4 @@ def table(config: Config, num_views: int, rows_: Sequence[dict[str, Any]]) -> Ta
 
 
 if __name__ == "__main__":
-    sys.exit(common.main("augment", Config, measure))
+    sys.exit(common.main("augment", AugmentOptions, measure))

@@ -60,7 +60,7 @@ def row(recipe: str) -> str:
 
 
 def table(recipes: tuple[str, ...] = RECIPES) -> list[str]:
-    """Markdown."""
+    """The lines of the table, in Markdown."""
     head = ("recipe", "GPU memory", *(f"{name}, h" for name in SHOWN), "basis")
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(row, recipes)]
 

@@ -50,7 +50,7 @@ PACKAGES = (
 
 
 @dataclass(kw_only=True)
-class Config:
+class CommonOptions:
     """Options of every command here."""
 
     data: Path
@@ -94,7 +94,7 @@ class Config:
             raise UserError(f"--device {self.device}: torch sees no CUDA device; use --device cpu")
 
 
-def chosen(names: Iterable[str], config: Config) -> list[str]:
+def chosen(names: Iterable[str], config: CommonOptions) -> list[str]:
     """The names left by --only and --skip, in their order. Raises UserError for a name nobody has."""
     names = list(names)
     for name in (*config.only, *config.skip):
@@ -420,7 +420,7 @@ def write_json(path: Path, name: str, config: Any, report: Report) -> None:
 
 
 def main(
-    name: str, config_class: type[Config], measure: Callable[[Any], Report], argv: Sequence[str] | None = None
+    name: str, config_class: type[CommonOptions], measure: Callable[[Any], Report], argv: Sequence[str] | None = None
 ) -> int:
     """A whole command: options -> measure -> table (and file). Returns the exit status.
 

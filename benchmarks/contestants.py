@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 import loaders
-from benchmarks.common import Batches, Config, not_installed
+from benchmarks.common import Batches, CommonOptions, not_installed
 from loaders import backends
 from loaders.backends.cpu import decode
 from loaders.beton import TYPE_IMAGE, Reader
@@ -69,7 +69,7 @@ class Contestant:
     name: str
     whose: str
     stage: str
-    build: Callable[[Config, int, int], Batches]
+    build: Callable[[CommonOptions, int, int], Batches]
     missing: Callable[[torch.device], str | None]
     modules: tuple[str, ...] = ()
 
@@ -116,7 +116,7 @@ _MODULES = {
 }
 
 
-def indices(config: Config, reader: Reader) -> np.ndarray:
+def indices(config: CommonOptions, reader: Reader) -> np.ndarray:
     """The samples of a round, in order: whole batches, from the start of the file again if need be."""
     return np.arange(config.images // config.batch_size * config.batch_size) % len(reader)
 
@@ -124,7 +124,7 @@ def indices(config: Config, reader: Reader) -> np.ndarray:
 # --- The floor and our own backends -----------------------------------------------------------------------------------
 
 
-def floor(config: Config, num_views: int, workers: int) -> Batches:
+def floor(config: CommonOptions, num_views: int, workers: int) -> Batches:
     """libjpeg-turbo's decode and K uint8 antialiased resizes by boxes drawn beforehand, and nothing else."""
     torch.set_num_threads(1)
     reader = Reader(config.data)
@@ -160,7 +160,7 @@ def floor(config: Config, num_views: int, workers: int) -> Batches:
     return round_
 
 
-def backend_crops(name: str, config: Config, num_views: int, workers: int) -> Batches:
+def backend_crops(name: str, config: CommonOptions, num_views: int, workers: int) -> Batches:
     """A backend of ours up to uint8 crops, with the order and the draws: what the host pays beside a GPU."""
     torch.set_num_threads(1)
     device = torch.device(config.device)
@@ -193,7 +193,7 @@ def _crops_of(pending: backends.Pending, job: Job) -> list[torch.Tensor]:
     return job.crops
 
 
-def loader_views(name: str, config: Config, num_views: int, workers: int) -> Batches:
+def loader_views(name: str, config: CommonOptions, num_views: int, workers: int) -> Batches:
     """Our loader with one of its backends, to the end. Batches as the documentation shows: a plain loop."""
     torch.set_num_threads(1)
     reader = open_data(config.data)
@@ -216,7 +216,7 @@ def loader_views(name: str, config: Config, num_views: int, workers: int) -> Bat
 class ViewsDataset(torch.utils.data.Dataset):
     """The K views that `transform` makes of each sample, which `decode_bytes` decodes once."""
 
-    def __init__(self, config: Config, decode_bytes: Callable, transform: Callable):
+    def __init__(self, config: CommonOptions, decode_bytes: Callable, transform: Callable):
         self.reader = Reader(config.data)
         self.index = indices(config, self.reader)
         self.decode_bytes, self.transform = decode_bytes, transform
@@ -238,7 +238,7 @@ class Repeated:
         return [self.transform(image) for _ in range(self.num_views)]
 
 
-def _data_loader(config: Config, dataset: torch.utils.data.Dataset, workers: int) -> Batches:
+def _data_loader(config: CommonOptions, dataset: torch.utils.data.Dataset, workers: int) -> Batches:
     torch.set_num_threads(1)
     cuda = torch.device(config.device).type == "cuda"
     loader = torch.utils.data.DataLoader(
@@ -271,7 +271,7 @@ class PillowBlur:
         return image.filter(ImageFilter.GaussianBlur(np.random.uniform(*SIGMA)))
 
 
-def pil(config: Config, num_views: int, workers: int) -> Batches:
+def pil(config: CommonOptions, num_views: int, workers: int) -> Batches:
     """SimSiam's augmentation as its authors wrote it."""
     from torchvision import transforms as t
 
@@ -295,7 +295,7 @@ def _decode_tensor(jpeg: np.ndarray) -> torch.Tensor:
     return decode_jpeg(torch.from_numpy(jpeg.copy()), ImageReadMode.RGB)
 
 
-def torchvision_v2(config: Config, num_views: int, workers: int) -> Batches:
+def torchvision_v2(config: CommonOptions, num_views: int, workers: int) -> Batches:
     """The same with transforms.v2 on uint8 tensors."""
     from torchvision.transforms import v2 as t
 
@@ -313,7 +313,7 @@ def torchvision_v2(config: Config, num_views: int, workers: int) -> Batches:
     return _data_loader(config, ViewsDataset(config, _decode_tensor, Repeated(transform, num_views)), workers)
 
 
-def lightly(config: Config, num_views: int, workers: int) -> Batches:
+def lightly(config: CommonOptions, num_views: int, workers: int) -> Batches:
     """lightly's FastSiam transform as it comes."""
     from lightly.transforms import FastSiamTransform
 
@@ -324,7 +324,7 @@ def lightly(config: Config, num_views: int, workers: int) -> Batches:
 # --- DALI -------------------------------------------------------------------------------------------------------------
 
 
-def dali_full(stage: str, config: Config, num_views: int, workers: int) -> Batches:
+def dali_full(stage: str, config: CommonOptions, num_views: int, workers: int) -> Batches:
     """DALI alone, from bytes to the end."""
     from nvidia.dali import fn, pipeline_def, types
 
@@ -401,7 +401,7 @@ def dali_full(stage: str, config: Config, num_views: int, workers: int) -> Batch
 # --- FFCV -------------------------------------------------------------------------------------------------------------
 
 
-def ffcv_per_view(stage: str, config: Config, num_views: int, workers: int) -> Batches:
+def ffcv_per_view(stage: str, config: CommonOptions, num_views: int, workers: int) -> Batches:
     """FFCV with a pipeline, and so a decoding, for every view."""
     from ffcv import transforms as t
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder

@@ -44,7 +44,7 @@ SINGLE = ("cp", "cp-synced", "cp-folder")  # they have no workers
 
 
 @dataclass(kw_only=True)
-class Config(common.Config):
+class ConvertBenchmarkOptions(common.CommonOptions):
     """Options."""
 
     data: Path
@@ -96,7 +96,7 @@ def sync(path: Path) -> None:
 class Bench:
     """The folder, the file `cp` copies, and what each contestant does with them."""
 
-    def __init__(self, config: Config, scratch: Path):
+    def __init__(self, config: ConvertBenchmarkOptions, scratch: Path):
         self.config, self.scratch = config, scratch
         self.folder, self.file, self.out = scratch / "images", scratch / "whole.beton", scratch / "out"
         self.files = subset(config.data, self.folder, config.images)
@@ -105,7 +105,9 @@ class Bench:
 
     def convert(self, out: Path, *, workers: int | None, verify: bool) -> None:
         summary = fastssl_convert.convert(
-            fastssl_convert.Config(src=str(self.folder), out=out, workers=workers, verify=verify, overwrite=True)
+            fastssl_convert.ConvertOptions(
+                src=str(self.folder), out=out, workers=workers, verify=verify, overwrite=True
+            )
         )
         if summary.skipped:
             raise UserError("{}: {}; take it out, all contestants need whole images".format(*summary.skipped[0]))
@@ -169,7 +171,7 @@ def quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def measure(config: Config) -> Report:
+def measure(config: ConvertBenchmarkOptions) -> Report:
     """Converting a folder: fastssl-convert, cp, and FFCV's writer, on the same images and the same disk."""
     scratch = config.scratch or config.data.resolve().parent
     if not config.data.is_dir():
@@ -214,7 +216,7 @@ def make_rows(runs: dict[tuple[str, int], list[Run]], num: int, size: int) -> li
     return rows
 
 
-def table(config: Config, bench: Bench, rows: Sequence[dict[str, Any]]) -> Table:
+def table(config: ConvertBenchmarkOptions, bench: Bench, rows: Sequence[dict[str, Any]]) -> Table:
     """The figures for people."""
     cache = "sources not in the page cache" if config.cold else "sources in the page cache"
     title = f"{len(bench.files):,} images, {bench.bytes / 1e6:,.1f} MB, {cache}"
@@ -236,4 +238,4 @@ def table(config: Config, bench: Bench, rows: Sequence[dict[str, Any]]) -> Table
 
 
 if __name__ == "__main__":
-    sys.exit(common.main("convert", Config, measure))
+    sys.exit(common.main("convert", ConvertBenchmarkOptions, measure))

@@ -27,8 +27,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from benchmarks.common import Config as Common
-from benchmarks.common import Report, Run, chosen, figure, interleave, main, ratio, shown, spread, timed
+from benchmarks.common import CommonOptions, Report, Run, chosen, figure, interleave, main, ratio, shown, spread, timed
 from loaders.beton import Reader
 from loaders.errors import UserError
 from loaders.order import page_order, random_order, sequential
@@ -38,7 +37,7 @@ CONTESTANTS = ("random", "random, no read-ahead", "page", "page, no read-ahead",
 
 
 @dataclass(kw_only=True)
-class Config(Common):
+class DiskOptions(CommonOptions):
     """How well orders mix and how fast a cold disk serves them."""
 
     images: int = 4096
@@ -68,7 +67,7 @@ def imagenet_like(num_classes: int = 1000, per_class: int = 1281, per_page: int 
     return label_N, np.arange(len(label_N)) // per_page
 
 
-def mixing(config: Config) -> tuple[list[dict], Table]:
+def mixing(config: DiskOptions) -> tuple[list[dict], Table]:
     """Entropy per batch for each order, on the file and on one like ImageNet."""
     with Reader(config.data) as reader:
         files = {config.data.name: (reader.label, reader.page), "like ImageNet": imagenet_like()}
@@ -121,7 +120,7 @@ def cached_share(path: Path) -> float:
     return float((pages & 1).mean())
 
 
-def batches_of(name: str, reader: Reader, config: Config, epoch: int) -> Iterator[np.ndarray]:
+def batches_of(name: str, reader: Reader, config: DiskOptions, epoch: int) -> Iterator[np.ndarray]:
     """The ids that a contestant reads in one round."""
     options = {"batch_size": config.batch_size, "seed": 0, "epoch": epoch}
     if name.startswith("random"):
@@ -133,7 +132,7 @@ def batches_of(name: str, reader: Reader, config: Config, epoch: int) -> Iterato
     return itertools.islice(batches, config.images // config.batch_size)
 
 
-def read(name: str, config: Config, epoch: int) -> None:
+def read(name: str, config: DiskOptions, epoch: int) -> None:
     """Copy the bytes of one round's images out of the file, as the loader's threads do it."""
     with Reader(config.data) as reader, ThreadPoolExecutor(config.workers[0]) as pool:
         work = ((None, batch) for batch in batches_of(name, reader, config, epoch))
@@ -145,7 +144,7 @@ def read(name: str, config: Config, epoch: int) -> None:
             ahead.close()
 
 
-def cold(name: str, config: Config) -> Callable[[int], Run]:
+def cold(name: str, config: DiskOptions) -> Callable[[int], Run]:
     """A contestant whose rounds begin with a cold cache; dropping it is not timed."""
     run = timed(lambda epoch: read(name, config, epoch))
 
@@ -156,7 +155,7 @@ def cold(name: str, config: Config) -> Callable[[int], Run]:
     return dropped
 
 
-def measure(config: Config) -> Report:
+def measure(config: DiskOptions) -> Report:
     """How well the orders mix and how fast a cold disk serves them."""
     if not config.page_windows or min(config.page_windows) < 1:
         raise UserError("--page-windows needs values of 1 or more")
@@ -185,4 +184,4 @@ def measure(config: Config) -> Report:
 
 
 if __name__ == "__main__":
-    sys.exit(main("disk", Config, measure))
+    sys.exit(main("disk", DiskOptions, measure))

@@ -47,7 +47,7 @@ LEAST_SHARE = 0.98  # of the speed on synthetic views
 
 
 @dataclass(kw_only=True)
-class Config:
+class EndToEndOptions:
     """Steps per second with the loader and on synthetic views. All other options are those of fastssl-train."""
 
     repeats: int = 5
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def command(arguments: list[str]) -> int:
         config, rest = tyro.cli(
-            Config,
+            EndToEndOptions,
             prog="python -m benchmarks.e2e",
             description="Training with the loader against training on synthetic views. All other options, and a "
             "preset as the first word, are those of fastssl-train.",

@@ -64,7 +64,7 @@ CIFAR_MINUTES = 10.0
 
 
 @dataclass(kw_only=True)
-class Config:
+class SuiteOptions:
     """All checks and measurements that need a GPU; one record."""
 
     data: Path | None = None
@@ -216,7 +216,7 @@ def record(outcomes: list[Outcome], about: dict) -> str:
     return "\n".join(lines)
 
 
-def suite(config: Config, console: Console) -> int:
+def suite(config: SuiteOptions, console: Console) -> int:
     """All parts, one record. Returns the exit status: 1 if a part failed."""
     started = time.monotonic()
     about = machine()
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
 
     def command(arguments: list[str]) -> int:
-        config = tyro.cli(Config, prog="python -m benchmarks.gpu_suite", args=arguments)
+        config = tyro.cli(SuiteOptions, prog="python -m benchmarks.gpu_suite", args=arguments)
         console = Console()
         if not console.is_terminal:
             console.width = FILE_WIDTH

@@ -30,7 +30,19 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks.common import Config, Process, Report, Run, chosen, figure, interleave, main, ratio, shown, spread
+from benchmarks.common import (
+    CommonOptions,
+    Process,
+    Report,
+    Run,
+    chosen,
+    figure,
+    interleave,
+    main,
+    ratio,
+    shown,
+    spread,
+)
 from benchmarks.contestants import Contestant, contestants
 from loaders.beton import MODE_JPEG, Reader
 from loaders.errors import UserError
@@ -38,7 +50,7 @@ from loaders.errors import UserError
 OURS = {"crops": "cpu-crops", "views": "cpu"}  # whom the column `x ours` compares with
 
 
-def measure(config: Config) -> Report:
+def measure(config: CommonOptions) -> Report:
     """CPU time per view, views per second, first batch and memory: this loader, the floor and the peers."""
     with Reader(config.data) as reader:
         if (reader.mode[: config.images] != MODE_JPEG).any():
@@ -55,7 +67,7 @@ def measure(config: Config) -> Report:
 
 
 def _measure(
-    config: Config, num_views: int, who: Sequence[Contestant], skipped: dict[str, str]
+    config: CommonOptions, num_views: int, who: Sequence[Contestant], skipped: dict[str, str]
 ) -> list[dict[str, Any]]:
     """The rows of one K."""
     with contextlib.ExitStack() as stack:
@@ -114,7 +126,7 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
             row[column] = ratio(row[metric]["values"], other[metric]["values"]) if other else None
 
 
-def table(config: Config, num_views: int, rows: Sequence[dict[str, Any]]) -> Table:
+def table(config: CommonOptions, num_views: int, rows: Sequence[dict[str, Any]]) -> Table:
     """One K for people."""
     title = f"K = {num_views} views of {config.size} px on the {config.device}, {config.data.name}"
     out = Table(title=title, title_justify="left")
@@ -140,4 +152,4 @@ def table(config: Config, num_views: int, rows: Sequence[dict[str, Any]]) -> Tab
 
 
 if __name__ == "__main__":
-    sys.exit(main("loader", Config, measure))
+    sys.exit(main("loader", CommonOptions, measure))

@@ -16,17 +16,18 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import tyro
-from rich.console import Console
 
 from fastssl.cli import run_command
 from fastssl.config import schema as configs
 from fastssl.config.presets import PRESETS
 from fastssl.training import log as logs
-from fastssl.training.build import make_views
+from fastssl.training.build import make_method, make_views
 from loaders.errors import UserError, unknown
 
 # Runs of this many view passes per image; the presets' names end in the epochs.
@@ -35,7 +36,7 @@ COMMON = "--knn-every 0 --log-every 50 --workers 1"
 
 
 @dataclass(kw_only=True)
-class Config:
+class MethodsOptions:
     """Train every row, then print the table."""
 
     data: str = ""
@@ -52,13 +53,13 @@ class Config:
     """Write the table to this file, too."""
 
 
-def command(config: Config, name: str) -> list[str]:
-    """The row's command line, less the program."""
+def command(config: MethodsOptions, name: str) -> list[str]:
+    """Arguments of fastssl-train for a row."""
     paths = ["--data", config.data, "--val", config.val, "--out", str(config.out / name)]
     return [name, *paths, *shlex.split(COMMON)]
 
 
-def train(config: Config, name: str) -> None:
+def train(config: MethodsOptions, name: str) -> None:
     """Run a row, unless it is there already. Raises UserError with the end of what it said if it fails."""
     here = config.out / name
     if (here / "weights.safetensors").exists():
@@ -73,28 +74,26 @@ def train(config: Config, name: str) -> None:
         raise UserError(f"{name} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
 
 
-def row(config: Config, name: str) -> dict[str, object]:
-    """What a finished run came to."""
+def row(config: MethodsOptions, name: str) -> dict[str, object]:
+    """The results of a finished run."""
     here = config.out / name
     run = configs.load_yaml(here / "config.yaml")
+    with torch.device("meta"):
+        method = make_method(run)
     entries = logs.read_metrics(here / logs.METRICS)
     knn = [e["knn"] for e in entries if "knn" in e]
     last = [e for e in entries if "loss" in e][-1]
     return {
         "method": run.model.method,
-        "views": " + ".join(f"{n} x {px}" for px, n in _count(make_views(run).sizes)),
+        "views": " + ".join(f"{num} x {px}" for px, num in Counter(make_views(run).sizes).items()),
         "epochs": run.optim.epochs,
         "kNN random": knn[0],
         "kNN end": knn[-1],
         "std": last["feature_std"],
-        "healthy std": run.method_options.dim**-0.5,
+        "healthy std": method.healthy_std,
         "seconds": round(last["seconds"]),
         "command": f"fastssl-train {name}",
     }
-
-
-def _count(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    return [(px, sizes.count(px)) for px in dict.fromkeys(sizes)]
 
 
 def markdown(rows: list[dict[str, object]]) -> str:
@@ -111,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     """The console command. Returns the exit status."""
 
     def run(arguments: list[str]) -> int:
-        config = tyro.cli(Config, prog="benchmarks.methods", description=__doc__, args=arguments)
+        config = tyro.cli(MethodsOptions, prog="benchmarks.methods", description=__doc__, args=arguments)
         if not config.data or not config.val:
             raise UserError("give --data TRAIN.beton and --val VAL.beton: both with labels")
         for name in config.only:
@@ -122,9 +121,8 @@ def main(argv: list[str] | None = None) -> int:
             for future in [pool.submit(train, config, name) for name in names]:
                 future.result()
         rows = [row(config, name) for name in names]
-        console = Console()
-        console.print(f"each row with: --data {config.data} --val {config.val} --out FOLDER {COMMON}", soft_wrap=True)
-        console.print(markdown(rows), soft_wrap=True, highlight=False, markup=False)
+        print(f"each row with: --data {config.data} --val {config.val} --out FOLDER {COMMON}")
+        print(markdown(rows))
         if config.json is not None:
             config.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         return 0

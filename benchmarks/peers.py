@@ -45,7 +45,7 @@ class Peer:
     """`make(net, width, device)` builds what trains; `loader` is the contestant of benchmarks.loader that feeds it."""
 
     make: Callable[[nn.Module, int, torch.device], TrainStep]
-    loader: Callable[[common.Config, int, int], common.Batches]
+    loader: Callable[[common.CommonOptions, int, int], common.Batches]
     most_views: int | None = None
     """Views of an image that it can use; None: all."""
     package: str = "torch"
@@ -72,7 +72,9 @@ class Peer:
         `workers` are processes; 1 means that the training process loads. Restores torch's number of threads, which
         the contestants of benchmarks.loader set to 1.
         """
-        options = common.Config(data=data, images=num * batch_size, batch_size=batch_size, size=size, device=device)
+        options = common.CommonOptions(
+            data=data, images=num * batch_size, batch_size=batch_size, size=size, device=device
+        )
         threads = torch.get_num_threads()
         try:
             return self.loader(options, num_views, workers)

@@ -72,7 +72,7 @@ GB = 1e9
 
 
 @dataclass(kw_only=True)
-class Config:
+class StepOptions:
     """Options."""
 
     data: Path | None = None
@@ -425,7 +425,7 @@ def measure(config: Config) -> Report:
 
 
 def measure_backbone(
-    config: Config,
+    config: StepOptions,
     backbone: str,
     names: Iterable[str],
     work: dict[str, tuple[Callable, float]],
@@ -541,4 +541,4 @@ def verdict(what: str, value: float, bound: float, *, at_most: bool = False) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(common.main("step", Config, measure))
+    sys.exit(common.main("step", StepOptions, measure))

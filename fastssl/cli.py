@@ -1,4 +1,4 @@
-"""What the console commands share."""
+"""Entry of the console commands: one-line errors and exit statuses."""
 
 from __future__ import annotations
 

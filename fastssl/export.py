@@ -21,8 +21,11 @@ def save_weights(path: Path, backbone: nn.Module, about: dict[str, Any]) -> None
     """Write the backbone's state dict (torchvision's or timm's names, no fc) with `about` as metadata, atomically."""
     state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
-    # Not save_file: it makes files that only their owner can read.
-    write_atomic(path, lambda temporary: temporary.write_bytes(save(state, metadata)))
+
+    def write(temporary: Path) -> None:  # not safetensors' save_file, which makes files that only their owner can read
+        temporary.write_bytes(save(state, metadata))
+
+    write_atomic(path, write)
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -12,4 +12,6 @@ from loaders.loader import Batch, Loader
 from loaders.loader import open_loader as open
 from loaders.views import ViewSpec
 
-__all__ = ["Batch", "Loader", "UserError", "ViewSpec", "beton", "open", "views"]
+__version__ = "0.2.0"  # of the distribution; the only place that states it
+
+__all__ = ["Batch", "Loader", "UserError", "ViewSpec", "__version__", "beton", "open", "views"]

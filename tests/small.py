@@ -49,12 +49,12 @@ class TinyResNet(torchvision.models.ResNet):
         return super()._make_layer(block, planes // 8, blocks, stride, dilate)
 
 
-def has(config: Config, field: str) -> bool:
+def has(config: RunConfig, field: str) -> bool:
     """Whether the method has this option."""
     return field in {f.name for f in dataclasses.fields(config.method_options)}
 
 
-def config_of(name: str, *, size: int = 32, backbone: str = "resnet18", **options: object) -> Config:
+def config_of(name: str, *, size: int = 32, backbone: str = "resnet18", **options: object) -> RunConfig:
     """The configuration of method `name` with small heads and these `options`, all of which it must have."""
     config = configs.typed_config(name)()
     config.model.method, config.model.backbone = name, backbone
@@ -67,7 +67,7 @@ def config_of(name: str, *, size: int = 32, backbone: str = "resnet18", **option
     return config
 
 
-def method_of(config: Config) -> nn.Module:
+def method_of(config: RunConfig) -> nn.Module:
     """The method on a `TinyResNet`, with the same weights at every call."""
     torch.manual_seed(1)
     net = TinyResNet().to(memory_format=torch.channels_last)
@@ -82,7 +82,7 @@ def batch_of(spec: ViewSpec, B: int = 8, seed: int = 0) -> Batch:
     return Batch(views, None, torch.arange(B), torch.zeros(B, dtype=torch.int64))
 
 
-def made(name: str, B: int = 8, **options: object) -> tuple[Config, nn.Module, Batch]:
+def made(name: str, B: int = 8, **options: object) -> tuple[RunConfig, nn.Module, Batch]:
     """Configuration, method and a batch of what it asks for."""
     config = config_of(name, **options)
     config.method_options.validate()

@@ -16,7 +16,7 @@ from loaders.beton import Reader
 
 
 @dataclass
-class Config:
+class InspectOptions:
     """Print what a .beton file holds."""
 
     file: tyro.conf.Positional[Path]

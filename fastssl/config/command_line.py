@@ -1,4 +1,4 @@
-"""From the command line of fastssl-train to a configuration: preset or resumed run first, then flags over it."""
+"""Parsing of the command line of fastssl-train: a preset or a resumed run first, then flags over it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tyro
 
 from fastssl.config import presets
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from loaders.errors import UserError
 
 # What --resume may change: how a run is carried out, not what it computes.
@@ -21,17 +21,18 @@ RESUMABLE = {
 }
 
 
-def default_folder(config: Config) -> Path:
+def default_folder(config: RunConfig) -> Path:
     """runs/NAME-DATA: NAME is the preset, or method and backbone."""
     name = config.preset or f"{config.model.method}-{config.model.backbone.replace('/', '-')}"
     data = Path(config.data.data.split(",")[0]).name.removesuffix(".beton")
     return Path("runs") / f"{name}-{re.sub('[^A-Za-z0-9._-]+', '-', data)}"
 
 
-def parse(argv: list[str]) -> Config:
-    """The configuration that a command line asks for: preset (the method's first one, the run to resume), then flags.
+def parse(argv: list[str]) -> RunConfig:
+    """The configuration that a command line describes: preset (the method's first one, the run to resume), then flags.
 
-    Raises UserError for unknown names; tyro ends the program with status 2 for flags that do not exist.
+    Raises UserError for unknown names and for flags that the configuration does not read; tyro ends the program with
+    status 2 for flags that do not exist.
     """
     preset = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if preset else argv
@@ -42,7 +43,7 @@ def parse(argv: list[str]) -> Config:
         base = presets.first_of(method)
     else:
         base = configs.typed_config("fastsiam")()
-    saved: Config | None = None
+    saved: RunConfig | None = None
     if resuming:
         folder = _flag(flags, "--out")
         if folder is None:
@@ -58,9 +59,9 @@ def parse(argv: list[str]) -> Config:
     config = tyro.cli(
         configs.typed_config(base.model.method),
         prog="fastssl-train",
-        usage="fastssl-train [PRESET] --data TRAIN.beton [--val VAL.beton] [OPTIONS]",
-        description="Pre-train an image backbone without labels on one GPU (or a CPU). PRESET is a named recipe "
-        "(fastssl-train --list [WORD] shows them); options change single values of it. --method M without PRESET "
+        description="Pre-train an image backbone without labels on one GPU (or a CPU): fastssl-train [PRESET] --data "
+        "TRAIN.beton [--val VAL.beton] [OPTIONS]. PRESET is a named recipe (fastssl-train --list [WORD] shows them); "
+        "options change single values of it. --method M without PRESET "
         "starts from M's first recipe in that list (optimiser, augmentation, heads, epochs) at 32 images per step, to "
         "which its rate is scaled; without either it is FastSiam. Options of the method itself are those of --method "
         f"(here: {base.model.method}).",
@@ -70,6 +71,7 @@ def parse(argv: list[str]) -> Config:
     )
     if saved is not None:
         _check_resumable(saved, config)
+    configs.refuse_unread(config, base)
     return config
 
 
@@ -84,7 +86,7 @@ def _flag(flags: list[str], name: str) -> str | None:
     return value
 
 
-def _check_resumable(saved: Config, config: Config) -> None:
+def _check_resumable(saved: RunConfig, config: RunConfig) -> None:
     before, after = configs.to_dict(saved), configs.to_dict(config)
     for group in ("data", "model", "method_options", "optim", "run"):
         for name, value in after[group].items():
@@ -93,6 +95,3 @@ def _check_resumable(saved: Config, config: Config) -> None:
                     f"--resume cannot change {name} from {before[group].get(name)} to {value}: leave the flag "
                     "out, or start a new run in another folder"
                 )
-
-
-# ------------------------------------------------------------------ --list

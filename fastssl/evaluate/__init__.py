@@ -1,29 +1,37 @@
 """Evaluations of a frozen backbone: one file each, found by module name.
 
-An evaluation module defines
-
-    Config    a dataclass: its options (they become flags of `fastssl-eval NAME`)
-    run       (task, config) -> {setting: {metric: value}}, with `task` a fastssl.evaluate.task.Task
+A file of this folder that defines a subclass of `fastssl.evaluate.base.Evaluation` is an evaluation.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from types import ModuleType
 
+from fastssl.evaluate.base import Evaluation
 from loaders.errors import unknown
-
-_SHARED = {"cli", "features", "task"}  # modules here that are no evaluations
 
 
 def available() -> list[str]:
     """Names of the evaluations in this folder, sorted."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
+    return sorted(_found())
 
 
-def load(name: str) -> ModuleType:
-    """The module of evaluation `name`. Raises UserError for an unknown name."""
-    if name not in available():
-        raise unknown("evaluation", name, available())
-    return importlib.import_module(f"{__name__}.{name}")
+def load(name: str) -> type[Evaluation]:
+    """Evaluation `name`. Raises UserError for an unknown name."""
+    found = _found()
+    if name not in found:
+        raise unknown("evaluation", name, found)
+    return found[name]
+
+
+def _found() -> dict[str, type[Evaluation]]:
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {
+        name: value
+        for name, module in modules.items()
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Evaluation) and value is not Evaluation
+        if value.__module__ == module.__name__
+    }

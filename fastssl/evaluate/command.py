@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -17,7 +17,7 @@ from rich.table import Table
 from fastssl import evaluate
 from fastssl.cli import run_command
 from fastssl.device import pick_device, pick_precision
-from fastssl.evaluate.base import Task, load_backbone
+from fastssl.evaluate.base import Evaluation, Results, Task, load_backbone
 from fastssl.evaluate.recalibrate import recalibrated
 from fastssl.networks.batch_norm import has_batch_norm
 from loaders.dataset import open_data
@@ -41,9 +41,9 @@ class Common:
     random: bool = True
     """Evaluate the same network at random initialisation, too."""
     seed: int = 0
-    """Of the random initialisation."""
+    """Seed of the random initialisation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if there is one."""
+    """Device of the network. auto: cuda if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Half precision, as in training."""
     workers: int | None = None
@@ -55,8 +55,8 @@ class Common:
     """Write the results to this file, too."""
 
 
-def evaluate_weights(common: Common, name: str, config: Any) -> dict[str, dict[str, dict[str, float]]]:
-    """`{"weights": {setting: {metric: value}}, "recalibrated": ..., "random": ...}`, the last two if asked for.
+def evaluate_weights(common: Common, evaluation: Evaluation) -> dict[str, Results]:
+    """Results of the "weights", of the "recalibrated" ones and at "random" initialisation, the last two if asked for.
 
     Raises UserError for input that cannot be used.
     """
@@ -68,20 +68,28 @@ def evaluate_weights(common: Common, name: str, config: Any) -> dict[str, dict[s
     if common.recalibrate_bn and not has_batch_norm(net):
         raise UserError("--recalibrate-bn: this network has no BatchNorm, leave it out")
     precision = pick_precision(common.precision, device)
-    nets = {"weights": net.to(device, memory_format=torch.channels_last)}
+    nets = {"weights": net.to(device).to(memory_format=torch.channels_last)}
     if common.recalibrate_bn:
-        options = {"device": device, "amp_dtype": precision.dtype, "workers": common.workers}
-        nets["recalibrated"] = recalibrated(net, train, size=size, images=common.recalibrate_bn, **options)
+        nets["recalibrated"] = recalibrated(
+            net,
+            train,
+            size=size,
+            device=device,
+            images=common.recalibrate_bn,
+            amp_dtype=precision.dtype,
+            workers=common.workers,
+        )
     if common.random:
-        nets["random"] = random_net.to(device, memory_format=torch.channels_last)
+        nets["random"] = random_net.to(device).to(memory_format=torch.channels_last)
     results = {}
     for which, candidate in nets.items():
         task = Task(candidate, train, val, size, device, precision, common.workers)
-        results[which] = evaluate.load(name).run(task, config)
+        evaluation.check(task)
+        results[which] = evaluation.run(task)
     return results
 
 
-def show(console: Console, title: str, results: dict[str, dict[str, dict[str, float]]]) -> None:
+def show(console: Console, title: str, results: dict[str, Results]) -> None:
     """One row per setting, one column per metric and network."""
     names = {"weights": "", "recalibrated": " (recalibrated)", "random": " (random init)"}
     table = Table(title=title, title_justify="left")
@@ -107,20 +115,19 @@ def main(argv: list[str] | None = None) -> int:
             print("\nfastssl-eval NAME --help shows the options of one evaluation.")
             return 0 if arguments else 2
         name, *flags = arguments
-        module = evaluate.load(name)
-        made = dataclasses.make_dataclass(
-            "Evaluation",
-            [("common", Common), ("options", module.Config, dataclasses.field(default_factory=module.Config))],
-            kw_only=True,
+        kind = evaluate.load(name)
+        made: type[Any] = dataclasses.make_dataclass(
+            "Arguments", [("common", Common), ("options", kind, dataclasses.field(default_factory=kind))], kw_only=True
         )
         parsed = tyro.cli(
-            Annotated[made, tyro.conf.OmitArgPrefixes],
+            made,
             prog=f"fastssl-eval {name}",
-            description=" ".join(module.__doc__.split()),
+            description=" ".join((sys.modules[kind.__module__].__doc__ or "").split()),
             args=flags,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs),
         )
-        results = evaluate_weights(parsed.common, name, parsed.options)
+        parsed.options.validate()
+        results = evaluate_weights(parsed.common, parsed.options)
         show(Console(), f"{name}, {parsed.common.weights}, % of {parsed.common.val}", results)
         if parsed.common.json is not None:
             parsed.common.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from loaders.dataset import Readers
 
 
 def spread(num: int, limit: int | None) -> np.ndarray:
-    """Ids of `limit` of `num` images, evenly spread over the file; of all of them if `limit` is None or more."""
+    """Ids of `limit` images out of `num`, evenly spread over the file; all ids if `limit` is None or at least `num`."""
     return np.arange(num) if limit is None or limit >= num else (np.arange(limit) * num) // limit
 
 
@@ -36,8 +36,9 @@ def centre_crops(
     256, centre 224" in one resampling.
     """
     spec = loaders.views.evaluation(size, fraction)
-    options = {"batch_size": batch_size, "device": device, "order": "sequential", "workers": workers, "subset": ids}
-    with loaders.Loader(reader, spec, **options) as loader:
+    with loaders.Loader(
+        reader, spec, batch_size=batch_size, device=device, order="sequential", workers=workers, subset=ids
+    ) as loader:
         yield from loader.epoch()
 
 
@@ -60,12 +61,20 @@ def extract(
     evenly spread over the file.
     """
     ids = spread(len(reader), limit)
-    crops = {"size": size, "device": device, "fraction": fraction, "batch_size": batch_size, "workers": workers}
+    batches = centre_crops(
+        reader,
+        size=size,
+        device=device,
+        fraction=fraction,
+        batch_size=batch_size,
+        ids=None if len(ids) == len(reader) else ids,
+        workers=workers,
+    )
     was_training = backbone.training
     backbone.eval()
     features, labels = [], []
     try:
-        for batch in centre_crops(reader, ids=None if len(ids) == len(reader) else ids, **crops):
+        for batch in batches:
             with torch.autocast(device.type, amp_dtype) if amp_dtype else contextlib.nullcontext():
                 out = backbone(batch.views[0])
             features.append(F.normalize(out.float(), dim=1))

@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastssl.evaluate.base import Task
+from fastssl.evaluate.base import Evaluation, Results, Task
 from loaders.errors import UserError
 
 
 @dataclass(kw_only=True)
-class Config:
+class Knn(Evaluation):
     """k-nearest-neighbour classification"""
 
     k: tuple[int, ...] = (10, 20, 100, 200)
@@ -26,6 +26,16 @@ class Config:
     """T of the weighted vote, exp(cosine / T)."""
     vote: Literal["weighted", "majority", "both"] = "both"
     """How neighbours vote."""
+
+    def check(self, task: Task) -> None:
+        """Raise UserError for more neighbours than there are images."""
+        for k in self.k:
+            if k > len(task.train):
+                raise UserError(f"--k {k}: {task.train.path} holds only {len(task.train)} images")
+
+    def run(self, task: Task) -> Results:
+        """Classify the validation images of a task by their neighbours among its training images."""
+        return accuracy(task.features(task.train), task.features(task.val), self)
 
 
 def classify(
@@ -66,25 +76,17 @@ def top_k_accuracy(scores_MC: Tensor, label_M: Tensor, k: int) -> float:
     return 100.0 * (best == label_M[:, None]).any(1).double().mean().item()
 
 
-def accuracy(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], config: Config) -> dict[str, dict[str, float]]:
+def accuracy(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], settings: Knn) -> Results:
     """Accuracies in % per setting, `{"weighted k=20": {"top1": ..., "top5": ...}}`, from (features, labels) pairs."""
     (bank, bank_label), (query, label) = train, val
     num_classes = int(max(bank_label.max(), label.max())) + 1
-    votes = ("weighted", "majority") if config.vote == "both" else (config.vote,)
+    votes = ("weighted", "majority") if settings.vote == "both" else (settings.vote,)
     result = {}
     for vote in votes:
-        for k in config.k:
+        for k in settings.k:
             scores = classify(
-                bank, bank_label, query, k=k, temperature=config.temperature, vote=vote, num_classes=num_classes
+                bank, bank_label, query, k=k, temperature=settings.temperature, vote=vote, num_classes=num_classes
             )
             name = f"{vote} k={k}"
             result[name] = {"top1": top_k_accuracy(scores, label, 1), "top5": top_k_accuracy(scores, label, 5)}
     return result
-
-
-def run(task: Task, config: Config) -> dict[str, dict[str, float]]:
-    """Classify the validation images of a task by their neighbours among its training images."""
-    for k in config.k:
-        if k > len(task.train):
-            raise UserError(f"--k {k}: {task.train.path} holds only {len(task.train)} images")
-    return accuracy(task.features(task.train), task.features(task.val), config)

@@ -40,8 +40,8 @@ def recalibrated(
 
     The images are evenly spread over the file and cropped as `evaluate.features.extract` does (`fraction`, `size`).
     BatchNorm's mean and variance are the plain averages over batches of about `batch_size`, all of one size; all other
-    layers are in eval mode. `backbone` itself, its modes and the random numbers are left as they are. One without
-    BatchNorm is returned as it is. Raises UserError for fewer than two images.
+    layers are in eval mode. `backbone` itself, its modes and the random numbers do not change. A backbone without
+    BatchNorm is returned itself. Raises UserError for fewer than two images.
     """
     if not has_batch_norm(backbone):
         return backbone
@@ -56,14 +56,16 @@ def recalibrated(
         norm.momentum = None  # the average of all batches, each weighing the same
         norm.train()
         if isinstance(norm, GroupedBatchNorm):
-            norm.__class__ = nn.BatchNorm2d  # no waiting for processes that are not here, no groups
+            norm.__class__ = nn.BatchNorm2d  # type: ignore[assignment] # no waiting for processes that are not here, no groups
     num = -(-images // batch_size)
     batch_size = images // num
     ids = spread(len(reader), num * batch_size)
     # Files are often sorted by class: every batch takes images from the whole file.
     ids = np.concatenate([ids[i::num] for i in range(num)])
-    crops = {"size": size, "device": device, "fraction": fraction, "batch_size": batch_size, "workers": workers}
-    for batch in centre_crops(reader, ids=ids, **crops):
+    batches = centre_crops(
+        reader, size=size, device=device, fraction=fraction, batch_size=batch_size, ids=ids, workers=workers
+    )
+    for batch in batches:
         with torch.autocast(device.type, amp_dtype) if amp_dtype else contextlib.nullcontext():
             net(batch.views[0])
     for norm, momentum in zip(norms, momenta, strict=True):

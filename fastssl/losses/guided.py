@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastssl.conditions import other_than
 from fastssl.device import at_least_fp32
 from fastssl.losses.ops import Owner
 
@@ -31,6 +32,8 @@ class Guided:
     serve in both pairs and cost half as much."""
     fixed_points: bool = True
     """Let an image be its own partner at times (a random permutation, as in the official code), or never."""
+
+    READ_IF = dict.fromkeys(("guided_views", "fixed_points"), other_than("guided", "off"))
 
     @property
     def num_guided_views(self) -> int:

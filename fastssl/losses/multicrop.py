@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastssl.conditions import above
 from loaders import ViewSpec
 from loaders.checks import at_least, share
 from loaders.views import Recipe, with_local
@@ -26,6 +27,8 @@ class MultiCrop:
     alpha: float | None = None
     """Weight of the global-global pairs against 1 - alpha for the global-local ones (SSLight: 0.4). None: all pairs
     count the same, which is 1/(1+L)."""
+
+    READ_IF = dict.fromkeys(("local_size", "local_scale", "alpha"), above("num_local", 0))
 
     def views(self, recipe: Recipe) -> ViewSpec:
         """Two large views, and L small ones."""

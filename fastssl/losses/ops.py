@@ -173,7 +173,7 @@ def _constant(function: Callable) -> Callable:
     """Computed once for the same arguments, and a constant to the compiler: no copy to the device in every step."""
     known: dict[tuple, object] = {}
 
-    @torch.compiler.assume_constant_result
+    @functools.wraps(function)
     def run(*args):
         if args in known:
             return known[args]
@@ -182,7 +182,9 @@ def _constant(function: Callable) -> Callable:
             known[args] = made
         return made
 
-    return functools.update_wrapper(run, function)
+    # What torch.compiler.assume_constant_result sets. Calling it would import torch._dynamo: a second at every start.
+    run.__dict__["_dynamo_marked_constant"] = True
+    return run
 
 
 @_constant

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.conditions import above, one_of, other_than
 from fastssl.losses.ops import Owner, combine, divide, subsets
 from fastssl.networks.backbones import feature_map
 from fastssl.networks.encode import encode, in_groups
@@ -64,6 +65,12 @@ class Patches:
     """Further whole crops per image that predict all targets (Fast-MoCo's "multi-crop")."""
     extra_size: int | None = None
     """Their side, px. None: --size."""
+
+    READ_IF = {
+        **dict.fromkeys(("divide", "combine"), other_than("patches", "off")),
+        "combine_weight": one_of("combine_by", "weighted", "beta"),
+        "extra_size": above("extra_crops", 0),
+    }
 
     def validate_patches(self, num_views: int = 2) -> None:
         """Raise UserError for values that make no sense with `num_views` target views."""

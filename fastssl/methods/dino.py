@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import processes
+from fastssl.conditions import JOINT, above, unlike
 from fastssl.device import at_least_fp32
 from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import cross_entropy, feature_std, pair_loss
@@ -63,6 +64,12 @@ class Config(MultiCrop, Momentum, base.MethodOptions):
     """Momentum m of the teacher."""
     ema_schedule: Schedule = "cosine"
     """constant, or cosine: rising to 1 over the run (section 3.1)."""
+
+    READ_IF = JOINT | {
+        **dict.fromkeys(("projector_hidden", "projector_bn"), above("projector_layers", 1)),
+        "teacher_warmup_temperature": above("teacher_warmup_epochs", 0),
+        "teacher_warmup_epochs": unlike("teacher_warmup_temperature", "teacher_temperature"),
+    }
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import processes
+from fastssl.conditions import JOINT, above
 from fastssl.device import at_least_fp32
 from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import cross_entropy, feature_std, pair_loss, sinkhorn
@@ -53,6 +54,8 @@ class Config(MultiCrop, base.MethodOptions):
     """Earlier projections that codes are balanced over, of all processes: for batches that are small beside P."""
     queue_from_epoch: int = 15
     """The queue begins to fill in this epoch, and serves when it is full."""
+
+    READ_IF = JOINT | {"queue_from_epoch": above("queue_size", 0)}
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 import difflib
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models import MobileNetV2, ResNet
 
 from loaders.errors import UserError, unknown
 
@@ -53,6 +51,8 @@ def backbone(
     if name.startswith("resnet") and name in _MIN_SIZE:
         net = _resnet(name, zero_init_residual)
     elif name == "mobilenet_v2":
+        import torchvision  # slow to import, as timm is: --help does without them
+
         net = torchvision.models.mobilenet_v2()
         net.classifier = nn.Identity()
     elif name in _VITS:
@@ -69,7 +69,9 @@ def backbone(
     return net, check_size(name, net, size)
 
 
-def _resnet(name: str, zero_init_residual: bool) -> ResNet:
+def _resnet(name: str, zero_init_residual: bool) -> nn.Module:
+    import torchvision
+
     net = getattr(torchvision.models, name.removesuffix("-cifar"))(zero_init_residual=zero_init_residual)
     net.fc = nn.Identity()
     if name.endswith("-cifar"):
@@ -137,6 +139,8 @@ def feature_map(net: nn.Module, x: Tensor) -> Tensor:
     For the ResNets, MobileNetV2, and the models of timm that pool at their very end. Raises UserError for others: ViTs
     have no map, ConvNeXts and MobileNetV3s compute on behind the pooling.
     """
+    from torchvision.models import MobileNetV2, ResNet
+
     if isinstance(net, ResNet):
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
         return net.layer4(net.layer3(net.layer2(net.layer1(x))))

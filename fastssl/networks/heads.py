@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.conditions import above, given
 from loaders.checks import at_least
 
 OutputNorm = Literal["none", "fixed", "affine"]  # BatchNorm on a head's output: none, without or with scale and shift
@@ -71,6 +72,10 @@ class Heads:
     """Scale of the heads' BatchNorms at the start: 1, or uniform in (0, 1) as Fast-MoCo's code has it."""
     fix_pred_lr: bool = False
     """Keep the predictor's learning rate at its initial value, without warm-up (SimSiam section 4.2)."""
+
+    READ_IF = {"projector_hidden": above("projector_layers", 1)} | dict.fromkeys(
+        ("predictor_hidden", "predictor_bias", "predictor_norm", "fix_pred_lr"), given("predictor")
+    )
 
     def validate_heads(self) -> None:
         """Raise UserError for widths that make no network."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from fastssl import export
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.evaluate import knn
 from fastssl.planning.schedule import Range, at_size
 from fastssl.training import checkpoint, memory, run_folder
@@ -89,7 +89,7 @@ class Neighbours:
 class RunBench:
     """The parts of a run, made in an empty `folder` that is not the run's, and timed."""
 
-    def __init__(self, config: Config, folder: Path):
+    def __init__(self, config: RunConfig, folder: Path):
         start = time.perf_counter()
         self.folder = folder
         self.config = configs.replace(at_size(config, config.data.size), out=folder, resume=False, overwrite=False)

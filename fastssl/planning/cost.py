@@ -54,7 +54,7 @@ class Cost:
         return self.flops / ASSUMED_FLOPS_PER_S / 3600
 
 
-def cost(config: Config, num_images: int) -> Cost:
+def cost(config: RunConfig, num_images: int) -> Cost:
     """The cost of `config` on a data set of `num_images`."""
     images, spec = num_images * config.optim.epochs, make_views(config)
     # Recipes that differ in epochs or rates are counted once.

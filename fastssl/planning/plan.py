@@ -26,7 +26,7 @@ from loaders.errors import UserError
 _WIDTH = 140  # of tables that go to a file or a pipe, characters
 
 
-def run(config: Config, console: Console | None = None) -> int:
+def run(config: RunConfig, console: Console | None = None) -> int:
     """The command. Returns the exit status. Raises UserError for a run that could not start."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--plan measures one process: start it without torchrun, with one process's --batch-size")

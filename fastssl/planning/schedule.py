@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.training.build import make_views
 
 
@@ -47,7 +47,7 @@ class Timings:
     """One evaluation of the monitor."""
 
 
-def at_size(config: Config, size: int) -> Config:
+def at_size(config: RunConfig, size: int) -> RunConfig:
     """The run with views of this size throughout."""
     return configs.replace(config, size=size, size_schedule=())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import fastssl
 from fastssl import export
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.evaluate.recalibrate import NAME as RECALIBRATED
 from fastssl.training import checkpoint
 from fastssl.training import log as logs

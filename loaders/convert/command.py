@@ -42,7 +42,7 @@ from loaders.convert.sources import Source, open_source
 from loaders.draw import permutation
 from loaders.errors import UserError
 
-__all__ = ["Config", "Summary", "convert", "main"]
+__all__ = ["ConvertOptions", "Summary", "convert", "main"]
 
 CHUNK_IMAGES, CHUNK_BYTES = 64, 2 << 20  # one task of a thread; large images go one by one, which bounds the memory
 CHUNKS_AHEAD = 2  # per thread
@@ -55,7 +55,7 @@ SHUFFLE_STREAM = 2  # of loaders.draw.permutation: 0 and 1 order the epochs of t
 
 
 @dataclass(frozen=True)
-class Config:
+class ConvertOptions:
     """Turn an image folder, archive or data set into one .beton file.
 
     JPEGs keep their bytes; other images are stored raw (up to 64 x 64) or as JPEG (quality 95, 4:4:4). OUT.json beside
@@ -133,7 +133,7 @@ class Done(NamedTuple):
     source_bytes: int
 
 
-def convert(config: Config, progress: Callable[[int, int], None] | None = None) -> Summary:
+def convert(config: ConvertOptions, progress: Callable[[int, int], None] | None = None) -> Summary:
     """Do what `config` says. `progress` is called with (images done, images in all).
 
     Raises UserError for anything the user can mend; then, as after any other exception, no file is left.
@@ -177,7 +177,7 @@ def convert(config: Config, progress: Callable[[int, int], None] | None = None) 
     return summary
 
 
-def _select(source: Source, config: Config) -> list[int]:
+def _select(source: Source, config: ConvertOptions) -> list[int]:
     """Which images of the source to convert, in which order."""
     indices = np.arange(len(source)) if config.limit is None else np.asarray(source.subset(config.limit))
     if not len(indices):
@@ -191,7 +191,7 @@ def _select(source: Source, config: Config) -> list[int]:
     return chosen.tolist()
 
 
-def _part(config: Config) -> tuple[int, int]:
+def _part(config: ConvertOptions) -> tuple[int, int]:
     """Number of the part, from 0, and how many there are."""
     if config.part is None:
         return 0, 1
@@ -204,7 +204,7 @@ def _part(config: Config) -> tuple[int, int]:
     return part, num_parts
 
 
-def _finish(writer: Writer, config: Config, summary: Summary) -> None:
+def _finish(writer: Writer, config: ConvertOptions, summary: Summary) -> None:
     """Give the files their names: all or none, and never OUT beside the summary of another file.
 
     So OUT, if it is to be replaced, goes before the others come, and comes last: killed in between, it is missing.
@@ -244,7 +244,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _process(
-    source: Source, indices: list[int], sizes: Sequence[int], page_size: int, config: Config
+    source: Source, indices: list[int], sizes: Sequence[int], page_size: int, config: ConvertOptions
 ) -> Iterator[list[Done | Skipped]]:
     """Read and prepare the images on threads; yields them in order, a bounded number ahead.
 
@@ -316,7 +316,7 @@ def _count(summary: Summary, item: Done) -> None:
         summary.smaller_after += len(item.stored.blob)
 
 
-def _check_options(config: Config) -> None:
+def _check_options(config: ConvertOptions) -> None:
     if config.quality is not None and config.max_side is None:
         raise UserError("--quality is for images made smaller: give --max-side too (originals keep their bytes)")
     for name, low, high in (
@@ -332,7 +332,7 @@ def _check_options(config: Config) -> None:
     _part(config)
 
 
-def _check_out(config: Config) -> None:
+def _check_out(config: ConvertOptions) -> None:
     out = config.out
     if not out.parent.is_dir():
         raise UserError(f"the folder {out.parent} of the output does not exist; make it first")
@@ -363,7 +363,7 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _page_size(config: Config, sizes: Sequence[int], indices: list[int]) -> int:
+def _page_size(config: ConvertOptions, sizes: Sequence[int], indices: list[int]) -> int:
     """FFCV's 8 MiB, which suits every common data set; more if a file is larger and will stay as it is."""
     page_size = DEFAULT_PAGE_SIZE
     if config.max_side is None:
@@ -373,7 +373,7 @@ def _page_size(config: Config, sizes: Sequence[int], indices: list[int]) -> int:
     return page_size
 
 
-def _sidecars(config: Config, summary: Summary) -> dict[str, str]:
+def _sidecars(config: ConvertOptions, summary: Summary) -> dict[str, str]:
     """What OUT.json says, and OUT.skipped.csv; an empty text where there is nothing to say."""
     counts = [summary.counts[label] for label in range(len(summary.classes))]
     content = {
@@ -448,7 +448,7 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.4g} TB"
 
 
-def _table(config: Config, summary: Summary) -> Table:
+def _table(config: ConvertOptions, summary: Summary) -> Table:
     table = Table(title=str(config.out), show_header=False, title_justify="left")
     seconds = max(summary.seconds, 1e-9)
     rows = [("images", f"{summary.images:,}"), ("classes", f"{len(summary.classes):,}" if summary.classes else "none")]
@@ -472,7 +472,7 @@ def _table(config: Config, summary: Summary) -> Table:
     return table
 
 
-def _run(config: Config) -> None:
+def _run(config: ConvertOptions) -> None:
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -507,7 +507,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     out: Path | None = None
     try:
-        config = tyro.cli(Config, prog="fastssl-convert", args=argv)
+        config = tyro.cli(ConvertOptions, prog="fastssl-convert", args=argv)
         out = config.out
         with _terminable():
             _run(config)

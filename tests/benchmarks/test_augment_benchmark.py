@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import augment
-from benchmarks.augment import Config, Work, make_rows, make_work, measure, real_crops, workloads
+from benchmarks.augment import AugmentOptions, Work, make_rows, make_work, measure, real_crops, workloads
 from benchmarks.common import Run, main
 from loaders.views import View
 
@@ -26,7 +26,7 @@ def _threads() -> Iterator[None]:
 
 
 def work(beton: Path, workload: str, num_views: int = 2) -> Work:
-    config = Config(data=beton, images=8, batch_size=4, size=32, device="cpu", dtype="float32")
+    config = AugmentOptions(data=beton, images=8, batch_size=4, size=32, device="cpu", dtype="float32")
     view = workloads(32)[workload]
     return make_work(config, view, real_crops(config, view.size, num_views))
 
@@ -81,7 +81,7 @@ def test_all_do_something(contestant, workload: str, beton: Path, monkeypatch: p
 def test_torchvision_gets_the_share_of_the_batch(piece: int, beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a batch of 20 is cut, a fifth of it turns gray."""
     monkeypatch.setattr(augment, "PIECE_FLOATS", piece * 3 * 32 * 32)
-    config = Config(data=beton, images=20, batch_size=20, size=32, device="cpu", dtype="float32")
+    config = AugmentOptions(data=beton, images=20, batch_size=20, size=32, device="cpu", dtype="float32")
     some = make_work(config, View(32, gray_p=0.2), real_crops(config, 32, 1))
     changed = (views_of(augment.torchvision_v2, some, monkeypatch) - plain(some)).abs().amax((1, 2, 3)) > 0.01
     assert changed.sum() == 4
@@ -114,7 +114,7 @@ def test_the_command(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     out = tmp_path / "out.json"
     flags = ["--images", "8", "--batch-size", "4", "--size", "32", "--repeats", "1", "--num-views", "1"]
     flags += ["--workloads", "gray", "cifar", "--skip", "kornia", "--device", "cpu", "--json", str(out)]
-    assert main("augment", Config, measure, ["--data", str(beton), *flags]) == 0
+    assert main("augment", AugmentOptions, measure, ["--data", str(beton), *flags]) == 0
     content = json.loads(out.read_text())
     assert [(r["workload"], r["contestant"]) for r in content["results"]] == [
         (workload, who) for workload in ("gray", "cifar") for who in ("copy", "rows", "torchvision-v2")
@@ -132,9 +132,9 @@ def test_the_command(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
 
 
 def test_bad_input(beton: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main("augment", Config, measure, ["--data", str(beton), "--workloads", "blurr"]) == 2
+    assert main("augment", AugmentOptions, measure, ["--data", str(beton), "--workloads", "blurr"]) == 2
     assert "unknown workload 'blurr', did you mean 'blur'?" in capsys.readouterr().err
-    assert main("augment", Config, measure, ["--data", str(beton), "--only", "corn"]) == 2
+    assert main("augment", AugmentOptions, measure, ["--data", str(beton), "--only", "corn"]) == 2
     assert "unknown contestant 'corn'" in capsys.readouterr().err
 
 
@@ -142,5 +142,5 @@ def test_kornia_is_skipped_by_name(beton: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(augment, "not_installed", lambda package, install: f"{package} is not installed: {install}")
     flags = ["--images", "4", "--batch-size", "4", "--size", "32", "--repeats", "1", "--num-views", "1"]
     flags += ["--only", "rows", "kornia", "--workloads", "gray", "--device", "cpu"]
-    assert main("augment", Config, measure, ["--data", str(beton), *flags]) == 0
+    assert main("augment", AugmentOptions, measure, ["--data", str(beton), *flags]) == 0
     assert "without kornia: kornia is not installed: pip install kornia" in capsys.readouterr().out

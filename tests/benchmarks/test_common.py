@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import common
-from benchmarks.common import Config, Process, Report, Run, chosen, cpu_seconds, figure, interleave, ratio, shown
+from benchmarks.common import CommonOptions, Process, Report, Run, chosen, cpu_seconds, figure, interleave, ratio, shown
 from benchmarks.contestants import backend_crops, floor
 from loaders import UserError
 
@@ -55,7 +55,7 @@ def test_rounds_are_interleaved_and_the_first_is_not_counted() -> None:
 
 def test_only_and_skip(tmp_path: Path) -> None:
     names = ["floor", "cpu", "pil"]
-    config = Config(data=tmp_path)
+    config = CommonOptions(data=tmp_path)
     assert chosen(names, config) == names
     config.only, config.skip = ("pil", "floor"), ("floor",)
     assert chosen(names, config) == ["pil"]
@@ -73,7 +73,7 @@ def test_options_are_checked(
     tmp_path: Path, field: str, value: object, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    config = Config(data=tmp_path)
+    config = CommonOptions(data=tmp_path)
     config.check()
     assert config.device == "cpu"
     setattr(config, field, value)
@@ -104,7 +104,7 @@ def test_cpu_time_includes_children_alive_and_ended() -> None:
 
 
 def test_a_process_says_what_went_wrong(tmp_path: Path) -> None:
-    config = Config(data=tmp_path / "none.beton", images=8, batch_size=8)
+    config = CommonOptions(data=tmp_path / "none.beton", images=8, batch_size=8)
     with pytest.raises(UserError, match=r"none\.beton does not exist"):
         Process(floor, config, 1, 1)
     with pytest.raises(UserError, match="no_such_module cannot be imported"):
@@ -120,7 +120,7 @@ def test_packages_that_are_not_there() -> None:
 
 
 def test_a_process_goes_through_rounds(beton: Path) -> None:
-    config = Config(data=beton, images=16, batch_size=8, size=32, device="cpu")
+    config = CommonOptions(data=beton, images=16, batch_size=8, size=32, device="cpu")
     build = functools.partial(backend_crops, "cpu")
     with Process(build, config, 2, 1, modules=("json",)) as process:
         assert 0 < process.start.first_batch_s < process.start.start_s
@@ -135,7 +135,7 @@ def test_a_process_goes_through_rounds(beton: Path) -> None:
 def test_the_file_says_where_it_was_measured(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     report = Report([{"contestant": "a"}], [], {"b": "not installed"}, {"bytes": 7})
-    common.write_json(out, "loader", Config(data=tmp_path, json=out), report)
+    common.write_json(out, "loader", CommonOptions(data=tmp_path, json=out), report)
     content = json.loads(out.read_text())
     assert content["results"] == [{"contestant": "a"}] and content["skipped"] == {"b": "not installed"}
     assert content["bytes"] == 7 and content["options"]["data"] == str(tmp_path)
@@ -144,8 +144,8 @@ def test_the_file_says_where_it_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_the_file_is_checked_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    def measure(_config: Config) -> Report:
+    def measure(_config: CommonOptions) -> Report:
         raise AssertionError("measured in vain")
 
-    assert common.main("x", Config, measure, ["--data", "x", "--json", str(tmp_path / "no" / "x.json")]) == 2
+    assert common.main("x", CommonOptions, measure, ["--data", "x", "--json", str(tmp_path / "no" / "x.json")]) == 2
     assert "of --json does not exist" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from conftest import jpeg_bytes, photo
 
 from benchmarks.common import Run, main
-from benchmarks.convert import Bench, Config, make_rows, measure, subset
+from benchmarks.convert import Bench, ConvertBenchmarkOptions, make_rows, measure, subset
 from loaders import UserError
 from loaders.beton import Reader
 
@@ -37,7 +37,7 @@ def test_the_subset_is_even_and_whole(folder: Path, tmp_path: Path) -> None:
 
 
 def test_everybody_makes_what_it_is_timed_for(folder: Path, tmp_path: Path) -> None:
-    bench = Bench(Config(data=folder), tmp_path)
+    bench = Bench(ConvertBenchmarkOptions(data=folder), tmp_path)
     original = sorted(f.read_bytes() for f in folder.glob("*/*"))
     assert bench.bytes == sum(map(len, original))
     for name, make in bench.contestants(1).items():
@@ -80,7 +80,12 @@ def test_the_command(folder: Path, tmp_path: Path, cold: bool, capsys: pytest.Ca
     out, before = tmp_path / "out.json", sorted(tmp_path.iterdir())
     arguments = ["--data", str(folder), "--scratch", str(tmp_path), "--repeats", "1", "--skip", "ffcv-writer"]
     arguments += ["--workers", "1", "2", "--images", "8"]
-    assert main("convert", Config, measure, [*arguments, "--json", str(out), *(["--cold"] if cold else [])]) == 0
+    assert (
+        main(
+            "convert", ConvertBenchmarkOptions, measure, [*arguments, "--json", str(out), *(["--cold"] if cold else [])]
+        )
+        == 0
+    )
     assert sorted(tmp_path.iterdir()) == [*before, out]
     content = json.loads(out.read_text())
     both = ("convert", "convert-no-verify")
@@ -98,16 +103,24 @@ def test_the_command(folder: Path, tmp_path: Path, cold: bool, capsys: pytest.Ca
 @pytest.mark.ffcv
 def test_ffcv_writer(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ffcv")
-    bench = Bench(Config(data=folder), tmp_path)
+    bench = Bench(ConvertBenchmarkOptions(data=folder), tmp_path)
     bench.ffcv_writer(1)
     with Reader(bench.out) as reader:
         assert len(reader) == 12
 
 
 def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main("convert", Config, measure, ["--data", str(tmp_path / "none")]) == 2
+    assert main("convert", ConvertBenchmarkOptions, measure, ["--data", str(tmp_path / "none")]) == 2
     assert "is no folder" in capsys.readouterr().err
-    assert main("convert", Config, measure, ["--data", str(folder), "--only", "mv", "--scratch", str(tmp_path)]) == 2
+    assert (
+        main(
+            "convert",
+            ConvertBenchmarkOptions,
+            measure,
+            ["--data", str(folder), "--only", "mv", "--scratch", str(tmp_path)],
+        )
+        == 2
+    )
     assert "unknown contestant 'mv'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -118,6 +131,6 @@ def test_a_broken_source_is_named(tmp_path: Path, capsys: pytest.CaptureFixture)
     whole = jpeg_bytes(photo(np.random.default_rng(0), 40, 50))
     (root / "0.jpg").write_bytes(whole)
     (root / "1.jpg").write_bytes(whole[:100])
-    assert main("convert", Config, measure, ["--data", str(root.parent), "--repeats", "1"]) == 2
+    assert main("convert", ConvertBenchmarkOptions, measure, ["--data", str(root.parent), "--repeats", "1"]) == 2
     assert "a/1.jpg" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["train"]

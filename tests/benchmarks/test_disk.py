@@ -38,7 +38,7 @@ def test_dropping_the_cache_drops_it(beton: Path) -> None:
 def test_the_command(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "disk.json"
     arguments = ["--data", str(beton), "--batch-size", "8", "--repeats", "2", "--page-windows", "1", "--json", str(out)]
-    assert common.main("disk", disk.Config, disk.measure, arguments) == 0
+    assert common.main("disk", disk.DiskOptions, disk.measure, arguments) == 0
     results = json.loads(out.read_text())["results"]
     cold = {r["order"]: r for r in results if "cold_images_per_s" in r}
     assert list(cold) == list(disk.CONTESTANTS)
@@ -46,4 +46,4 @@ def test_the_command(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
         assert len(row["cold_images_per_s"]["values"]) == 2 and row["cold_images_per_s"]["min"] > 0
     assert cold["random, no read-ahead"]["of_random_without_read_ahead"]["median"] == 1
     assert "class entropy" in capsys.readouterr().out
-    assert common.main("disk", disk.Config, disk.measure, ["--data", str(beton), "--page-windows", "0"]) == 2
+    assert common.main("disk", disk.DiskOptions, disk.measure, ["--data", str(beton), "--page-windows", "0"]) == 2

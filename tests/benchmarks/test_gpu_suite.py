@@ -13,7 +13,7 @@ from rich.console import Console
 
 from benchmarks import augment, common, e2e, gpu_suite, step
 from benchmarks.contestants import contestants
-from benchmarks.gpu_suite import Config, Outcome, Part
+from benchmarks.gpu_suite import Outcome, Part, SuiteOptions
 from fastssl.config.command_line import parse
 from loaders.beton import Reader
 from loaders.errors import UserError
@@ -32,11 +32,11 @@ def test_every_part_is_a_command_with_options_that_exist(monkeypatch: pytest.Mon
     for part in made:
         module, arguments = part.command[2], list(part.command[3:])
         if module == "benchmarks.e2e":
-            config, rest = tyro.cli(e2e.Config, args=arguments, return_unknown_args=True)
+            config, rest = tyro.cli(e2e.EndToEndOptions, args=arguments, return_unknown_args=True)
             config.check()
             assert parse(rest).data.data == "x.beton" and config.repeats == 3
         elif module == "benchmarks.step":
-            config = tyro.cli(step.Config, args=arguments)
+            config = tyro.cli(step.StepOptions, args=arguments)
             config.check()
             assert config.data == Path("x.beton")
             names = common.chosen((*step.VARIANTS, *step.PEERS, *step.RATES), config)
@@ -46,7 +46,9 @@ def test_every_part_is_a_command_with_options_that_exist(monkeypatch: pytest.Mon
             assert config.preset == "fastsiam-cifar10-200ep" and config.data.val.endswith("v.beton")
             assert (config.optim.epochs, config.data.batch_size, config.model.backbone) == (200, 128, "resnet18-cifar")
         elif module != "pytest":
-            config_class = {"benchmarks.augment": augment.Config, "benchmarks.loader": common.Config}[module]
+            config_class = {"benchmarks.augment": augment.AugmentOptions, "benchmarks.loader": common.CommonOptions}[
+                module
+            ]
             config = tyro.cli(config_class, args=arguments)
             assert config.data == Path("x.beton")
             if module == "benchmarks.loader":
@@ -71,19 +73,19 @@ def test_failures_and_time_are_recorded(tmp_path: Path, monkeypatch: pytest.Monk
     }
     monkeypatch.setattr(gpu_suite, "machine", lambda: about)
     out = tmp_path / "record.md"
-    assert gpu_suite.suite(Config(data=Path("x.beton"), out=out, minutes=1), Console(quiet=True)) == 1
+    assert gpu_suite.suite(SuiteOptions(data=Path("x.beton"), out=out, minutes=1), Console(quiet=True)) == 1
     text = out.read_text()
     assert "NVIDIA X 2080" in text and "fine" in text and "oh" in text and "here" in text
     assert "| good | ok |" in text and "| bad | failed with status 3 |" in text and "| slow | stopped after 3 s" in text
     assert "- good: x: 1.31, wanted >= 1.3: pass\n- bad: y: 1, wanted >= 2: FAIL\n\n| part |" in text
     assert "| elsewhere | passed over: DALI is not installed | 0 |" in text
-    fine = Config(data=Path("x.beton"), out=tmp_path / "fine.md", only=("good", "elsewhere"))
+    fine = SuiteOptions(data=Path("x.beton"), out=tmp_path / "fine.md", only=("good", "elsewhere"))
     assert gpu_suite.suite(fine, Console(quiet=True)) == 0
-    gpu_suite.suite(Config(data=Path("x.beton"), out=out, minutes=0.01), Console(quiet=True))
+    gpu_suite.suite(SuiteOptions(data=Path("x.beton"), out=out, minutes=0.01), Console(quiet=True))
     assert out.read_text().count("not begun: no time left") == 3
     assert "| long | ok |" in out.read_text()
     with pytest.raises(UserError, match=r"godo.*good"):
-        gpu_suite.suite(Config(data=Path("x.beton"), out=out, only=("godo",)), Console(quiet=True))
+        gpu_suite.suite(SuiteOptions(data=Path("x.beton"), out=out, only=("godo",)), Console(quiet=True))
 
 
 def test_a_stopped_part_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

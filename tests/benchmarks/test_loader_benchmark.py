@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import loaders
-from benchmarks.common import Config, figure
+from benchmarks.common import CommonOptions, figure
 from benchmarks.contestants import Contestant, contestants, indices
 from benchmarks.loader import compare, figures, main, measure
 from loaders.beton import MODE_RAW, Reader, Writer
@@ -42,7 +42,7 @@ def test_everybody_makes_all_views(who: Contestant, beton: Path) -> None:
     missing = who.missing(torch.device("cpu"))
     if missing:
         pytest.skip(missing)
-    config = Config(data=beton, images=64, batch_size=BATCH, size=SIZE, device="cpu")  # the file has 48
+    config = CommonOptions(data=beton, images=64, batch_size=BATCH, size=SIZE, device="cpu")  # the file has 48
     batches = who.build(config, VIEWS, 1)
     for number in range(2):
         images = 0
@@ -64,7 +64,7 @@ def test_peers_views_look_like_ours(name: str, beton: Path) -> None:
     if missing:
         pytest.skip(missing)
     np.random.seed(0)
-    config = Config(data=beton, images=48, batch_size=48, size=SIZE, device="cpu")
+    config = CommonOptions(data=beton, images=48, batch_size=48, size=SIZE, device="cpu")
 
     def views(name: str) -> torch.Tensor:
         return torch.cat(
@@ -79,7 +79,7 @@ def test_peers_views_look_like_ours(name: str, beton: Path) -> None:
 
 def test_the_file_is_gone_through_again(beton: Path) -> None:
     reader = Reader(beton)
-    config = Config(data=beton, images=100, batch_size=16)
+    config = CommonOptions(data=beton, images=100, batch_size=16)
     assert indices(config, reader).tolist() == [*range(48), *range(48)]  # whole batches
 
 
@@ -118,7 +118,7 @@ def test_the_command(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     out = tmp_path / "out.json"
     flags = ["--num-views", "2", "--size", "32", "--images", "16", "--batch-size", "8", "--repeats", "1"]
     arguments = ["--data", str(beton), *flags, "--only", "floor", "cpu", "--device", "cpu", "--json", str(out)]
-    assert main("loader", Config, measure, arguments) == 0
+    assert main("loader", CommonOptions, measure, arguments) == 0
     content = json.loads(out.read_text())
     assert [row["contestant"] for row in content["results"]] == ["floor", "cpu"]
     floor, cpu = content["results"]
@@ -142,7 +142,7 @@ def test_the_command_with_workers(beton: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     flags = ["--num-views", "1", "2", "--size", "32", "--images", "32", "--batch-size", "8", "--repeats", "1"]
     flags += ["--workers", "1", "2", "--only", "pil", "cpu", "--device", "cpu", "--json", str(out)]
-    assert main("loader", Config, measure, ["--data", str(beton), *flags]) == 0
+    assert main("loader", CommonOptions, measure, ["--data", str(beton), *flags]) == 0
     rows = json.loads(out.read_text())["results"]
     assert [(r["num_views"], r["contestant"], r["workers"]) for r in rows] == [
         (k, name, workers) for k in (1, 2) for name in ("cpu", "pil") for workers in (1, 2)
@@ -159,7 +159,7 @@ def test_missing_peers_are_skipped_by_name(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     out = tmp_path / "out.json"
     arguments = ["--data", str(beton), "--only", "lightly", "ffcv-per-view", "--json", str(out)]
-    assert main("loader", Config, measure, arguments) == 0
+    assert main("loader", CommonOptions, measure, arguments) == 0
     content = json.loads(out.read_text())
     assert content["results"] == [] and content["skipped"].keys() == {"lightly", "ffcv-per-view"}
     assert "pip install --no-deps lightly" in content["skipped"]["lightly"]
@@ -167,11 +167,11 @@ def test_missing_peers_are_skipped_by_name(
 
 
 def test_bad_input(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main("loader", Config, measure, ["--data", str(beton), "--only", "pill"]) == 2
+    assert main("loader", CommonOptions, measure, ["--data", str(beton), "--only", "pill"]) == 2
     assert "unknown contestant 'pill', did you mean 'pil'?" in capsys.readouterr().err
     with Writer(tmp_path / "raw.beton", 1) as writer:
         writer.add(bytes(4 * 4 * 3), 4, 4, 0, MODE_RAW)
-    assert main("loader", Config, measure, ["--data", str(tmp_path / "raw.beton")]) == 2
+    assert main("loader", CommonOptions, measure, ["--data", str(tmp_path / "raw.beton")]) == 2
     assert "holds raw images" in capsys.readouterr().err
 
 

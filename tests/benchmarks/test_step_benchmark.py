@@ -20,10 +20,10 @@ from fastssl.device import pick_precision
 from fastssl.training.build import make_method
 from loaders import Batch
 
-run_command = functools.partial(common.main, "step", Config, step.measure)
+run_command = functools.partial(common.main, "step", StepOptions, step.measure)
 CPU = torch.device("cpu")
 B, K, S = 4, 4, 32
-SMALL = Config(backbones=("resnet18",), batch_size=B, size=S, repeats=2, device="cpu")
+SMALL = StepOptions(backbones=("resnet18",), batch_size=B, size=S, repeats=2, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import pkgutil
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -17,20 +21,21 @@ from fastssl.config import presets
 from fastssl.config import schema as configs
 from fastssl.config.command_line import parse
 from fastssl.config.presets import PRESETS
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.losses.multicrop import rebalanced_weights
 from fastssl.networks.backbones import backbone
 from fastssl.planning.cost import ASSUMED_VIEWS_PER_S, cost
 from fastssl.planning.listing import list_presets, preset_table
 from fastssl.train import main
 from fastssl.training.build import make_method, make_views
+from fastssl.training.log import figures
 from fastssl.training.optimizers import lr_at, scaled_lr
 from loaders import UserError
 
 IMAGENET = 1_281_167
 
 
-def load(name: str) -> Config:
+def load(name: str) -> RunConfig:
     return configs.replace(presets.load(name), data="x.beton")
 
 
@@ -96,126 +101,97 @@ def test_every_method_has_presets_on_imagenet_and_cifar() -> None:
         assert f"{method}-cifar10-200ep" in names
 
 
-# ------------------------------------------------------------------ METHODS, section 4
-
-RATES = {  # at the preset's own batch
-    "fastsiam-imagenet-25ep": (32, 0.125),
-    "fastsiam-imagenet-10ep": (32, 0.125),
-    "simsiam-imagenet-100ep": (256, 0.05),
-    "simsiam-imagenet-800ep": (256, 0.05),
-    "fastmoco-imagenet-100ep": (512, 0.1),
-    "fastmoco-imagenet-400ep": (512, 0.1),
-    "simsiam-patches-imagenet-100ep": (512, 0.1),
-    "mocov2-imagenet-200ep": (256, 0.03),
-    "mocov2-imagenet-800ep": (256, 0.03),
-    "mocov3-imagenet-100ep": (4096, 9.6),
-    "mocov3-imagenet-300ep": (4096, 4.8),
-    "mocov3-imagenet-1000ep": (4096, 4.8),
-    "byol-imagenet-100ep": (4096, 7.2),
-    "byol-imagenet-1000ep": (4096, 3.2),
-    "nnclr-imagenet-100ep": (4096, 4.8),
-    "simsiam-guided-imagenet-100ep": (512, 0.1),
-    "byol-guided-imagenet-100ep": (512, 0.1),
-    "byol-unguided-imagenet-100ep": (512, 0.1),
-    "simsiam-guided-cifar10-200ep": (512, 0.06),
-    "byol-guided-cifar10-200ep": (512, 0.06),
-    "swav-imagenet-800ep": (4096, 4.8),
-    "swav-bs256-imagenet-400ep": (256, 0.6),
-    "dino-imagenet-100ep": (512, 0.06),
-    "dino-sslight-r18-imagenet-200ep": (1024, 1.92),
-    "dino-multicrop-mnv2-imagenet-200ep": (1024, 1.92),
-    "mocov2-sslight-mnv2-imagenet-200ep": (1024, 1.92),
-    "swav-sslight-mnv2-imagenet-200ep": (1024, 1.2),
-    "dino-sslight-vit-t16-imagenet-200ep": (1024, 2e-3),
-    "simsiam-cifar10-800ep": (512, 0.06),
-    "fastsiam-cifar10-200ep": (128, 0.06),
-    "simsiam-cifar10-200ep": (128, 0.06),
-    "byol-cifar10-200ep": (128, 0.06),
-    "mocov2-cifar10-200ep": (128, 0.06),
-    "nnclr-cifar10-200ep": (128, 0.06),
-    "swav-cifar10-200ep": (128, 1e-3),
-    "dino-cifar10-200ep": (128, 0.06),
-    "fastsiam-imagenette-12ep": (32, 0.125),
-    "simsiam-imagenette-24ep": (32, 0.125),
-    "demo": (16, 0.125),
-}
+# ------------------------------------------------------------------ what the sources' tables say
 
 
-@pytest.mark.parametrize("name", RATES)
-def test_rates(name: str) -> None:
-    config = load(name)
-    batch, rate = RATES[name]
-    assert config.data.batch_size == batch
-    assert scaled_lr(config.optim, batch) == pytest.approx(rate)
+@dataclass(frozen=True)
+class Published:
+    """A row of a source: rates are those at the batch, clip is the largest norm, ema begins at its first value."""
+
+    names: str
+    batch: int
+    rate: float
+    optimizer: str = "sgd"
+    decay: float = 1e-4
+    decay_end: float | None = None
+    no_decay: str = "none"
+    clip: float | None = None
+    warmup: tuple[int, float] = (0, 1)  # epochs, and the share of the rate that it begins with
+    last: float = 0.0
+    ema: tuple[float, str] | None = None
 
 
-@pytest.mark.parametrize(
-    ("name", "first", "after_warmup", "last"),
-    [
-        ("fastmoco-imagenet-100ep", 0.025, (1, 0.1), 0.0),
-        ("swav-imagenet-100ep", 0.3, (10, 4.8), 0.0048),
-        ("swav-bs256-imagenet-200ep", 0.6, (0, 0.6), 0.0006),
-        ("swav-sslight-mnv2-imagenet-200ep", 0.075, (10, 1.2), 0.0048),
-        ("dino-sslight-r18-imagenet-200ep", 0.0, (10, 1.92), 0.0048),
-        ("dino-sslight-vit-t16-imagenet-200ep", 0.0, (10, 2e-3), 1e-5),
-        ("byol-imagenet-100ep", 0.0, (10, 7.2), 0.0),
-        ("simsiam-imagenet-100ep", 0.05, (0, 0.05), 0.0),
-        ("simsiam-guided-cifar10-200ep", 0.06, (100, 0.06), 0.06),
-    ],
-)
-def test_schedules(name: str, first: float, after_warmup: tuple[int, float], last: float) -> None:
-    config, steps = load(name), 100_000  # per epoch: so many that the last one's rate is the end's
-    base = scaled_lr(config.optim, config.data.batch_size)
-    assert lr_at(config.optim, base, 0, steps) == pytest.approx(first)
-    epoch, rate = after_warmup
-    assert lr_at(config.optim, base, epoch * steps, steps) == pytest.approx(rate)
-    end = lr_at(config.optim, base, config.optim.epochs * steps - 1, steps)
-    # SimSiam's rate changes once per epoch: its last one is that of the last epoch's beginning.
-    assert end == pytest.approx(last, abs=base * (3e-4 if config.optim.schedule == "epoch" else 1e-8))
+def lars(names: str, batch: int, rate: float, **more: Any) -> Published:
+    return Published(names, batch, rate, **{"optimizer": "lars", "decay": 1e-6, "warmup": (10, 0)} | more)
 
 
-@pytest.mark.parametrize(
-    ("names", "optimizer", "weight_decay", "no_decay", "clip_norm"),
-    [
-        ("simsiam-imagenet-100ep fastsiam-imagenet-25ep mocov2-imagenet-800ep", "sgd", 1e-4, "none", None),
-        ("fastmoco-imagenet-200ep byol-patches-imagenet-100ep", "sgd", 1e-4, "none", 1.0),
-        ("byol-imagenet-100ep mocov3-imagenet-300ep nnclr-imagenet-100ep", "lars", 1e-6, "1d", None),
-        ("byol-imagenet-1000ep mocov3-imagenet-1000ep", "lars", 1.5e-6, "1d", None),
-        ("swav-imagenet-100ep swav-bs256-imagenet-200ep", "lars", 1e-6, "none", None),
-        ("dino-imagenet-100ep", "sgd", 1e-4, "1d", 3.0),
-        ("dino-sslight-r34-imagenet-200ep swav-multicrop-mnv2-imagenet-200ep", "lars", 1e-6, "1d+depthwise", None),
-        ("dino-multicrop-vit-s16-imagenet-200ep", "adamw", 0.04, "1d", None),
-        ("simsiam-guided-cifar10-200ep byol-cifar10-200ep", "sgd", 5e-4, "none", None),
-        ("swav-cifar10-200ep", "adam", 1e-6, "none", None),
-    ],
-)
-def test_optimisers(names: str, optimizer: str, weight_decay: float, no_decay: str, clip_norm: float | None) -> None:
-    for name in names.split():
-        optim = load(name).optim
-        assert (optim.optimizer, optim.weight_decay, optim.no_decay, optim.clip_norm) == (
-            optimizer, weight_decay, no_decay, clip_norm,
-        ), name  # fmt: skip
-        assert optim.weight_decay_end == (0.4 if "-vit-" in name else None)
+COSINE, CONSTANT = "cosine", "constant"
+PUBLISHED = [
+    Published("fastsiam-imagenet-25ep fastsiam-imagenet-10ep", 32, 0.125),
+    Published("simsiam-imagenet-100ep simsiam-imagenet-800ep", 256, 0.05),
+    Published("simsiam-guided-imagenet-100ep", 512, 0.1),
+    Published("byol-guided-imagenet-100ep byol-unguided-imagenet-100ep", 512, 0.1, ema=(0.99, CONSTANT)),
+    Published("simsiam-guided-cifar10-200ep", 512, 0.06, decay=5e-4, last=0.06),
+    Published("byol-guided-cifar10-200ep", 512, 0.06, decay=5e-4, last=0.06, ema=(0.99, CONSTANT)),
+    Published(
+        "fastmoco-imagenet-100ep fastmoco-imagenet-200ep fastmoco-imagenet-400ep byol-patches-imagenet-100ep",
+        512, 0.1, clip=1.0, warmup=(1, 0.25), ema=(0.99, CONSTANT),
+    ),
+    Published("simsiam-patches-imagenet-100ep", 512, 0.1, clip=1.0, warmup=(1, 0.25)),
+    Published("mocov2-imagenet-200ep mocov2-imagenet-800ep", 256, 0.03, ema=(0.999, CONSTANT)),
+    lars("mocov3-imagenet-100ep", 4096, 9.6, no_decay="1d", ema=(0.99, COSINE)),
+    lars("mocov3-imagenet-300ep", 4096, 4.8, no_decay="1d", ema=(0.99, COSINE)),
+    lars("mocov3-imagenet-1000ep", 4096, 4.8, no_decay="1d", decay=1.5e-6, ema=(0.996, COSINE)),
+    lars("byol-imagenet-100ep", 4096, 7.2, no_decay="1d", ema=(0.99, COSINE)),
+    lars("byol-imagenet-1000ep", 4096, 3.2, no_decay="1d", decay=1.5e-6, ema=(0.996, COSINE)),
+    lars("nnclr-imagenet-100ep", 4096, 4.8, no_decay="1d"),
+    lars("swav-imagenet-100ep swav-imagenet-800ep", 4096, 4.8, warmup=(10, 0.0625), last=0.0048),
+    lars("swav-bs256-imagenet-200ep swav-bs256-imagenet-400ep", 256, 0.6, warmup=(0, 1), last=0.0006),
+    Published(
+        "dino-imagenet-100ep",
+        512, 0.06, no_decay="1d", clip=3.0, warmup=(10, 0), last=1e-6, ema=(0.996, COSINE),
+    ),
+    lars(
+        "dino-sslight-r18-imagenet-200ep dino-sslight-r34-imagenet-200ep dino-multicrop-mnv2-imagenet-200ep",
+        1024, 1.92, no_decay="1d+depthwise", last=0.0048, ema=(0.996, COSINE),
+    ),
+    lars(
+        "mocov2-sslight-mnv2-imagenet-200ep",
+        1024, 1.92, no_decay="1d+depthwise", last=0.0048, ema=(0.999, CONSTANT),
+    ),
+    lars(
+        "swav-sslight-mnv2-imagenet-200ep swav-multicrop-mnv2-imagenet-200ep",
+        1024, 1.2, no_decay="1d+depthwise", warmup=(10, 0.0625), last=0.0048,
+    ),
+    Published(
+        "dino-sslight-vit-t16-imagenet-200ep dino-sslight-vit-t32-imagenet-200ep dino-multicrop-vit-s16-imagenet-200ep",
+        1024, 2e-3, "adamw", 0.04, 0.4, "1d", warmup=(10, 0), last=1e-5, ema=(0.996, COSINE),
+    ),
+    Published("simsiam-cifar10-800ep", 512, 0.06, decay=5e-4),
+    Published("fastsiam-cifar10-200ep simsiam-cifar10-200ep nnclr-cifar10-200ep", 128, 0.06, decay=5e-4),
+    Published(
+        "byol-cifar10-200ep mocov2-cifar10-200ep dino-cifar10-200ep", 128, 0.06, decay=5e-4, ema=(0.99, CONSTANT)
+    ),
+    Published("swav-cifar10-200ep", 128, 1e-3, "adam", 1e-6),
+    Published("fastsiam-imagenette-12ep simsiam-imagenette-24ep", 32, 0.125),
+    Published("demo", 16, 0.125),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("names", "ema", "schedule"),
-    [
-        ("byol-imagenet-100ep mocov3-imagenet-100ep mocov3-imagenet-300ep", 0.99, "cosine"),
-        ("byol-imagenet-1000ep mocov3-imagenet-1000ep", 0.996, "cosine"),
-        ("dino-imagenet-100ep dino-sslight-r18-imagenet-200ep dino-sslight-vit-t32-imagenet-200ep", 0.996, "cosine"),
-        ("fastmoco-imagenet-100ep byol-patches-imagenet-100ep byol-guided-imagenet-100ep", 0.99, "constant"),
-        ("mocov2-imagenet-200ep mocov2-sslight-mnv2-imagenet-200ep", 0.999, "constant"),
-        ("byol-cifar10-200ep dino-cifar10-200ep mocov2-cifar10-200ep", 0.99, "constant"),
-    ],
-)
-def test_momentum(names: str, ema: float, schedule: str) -> None:
-    for name in names.split():
-        options = load(name).method_options
-        assert (options.ema, options.ema_schedule) == (ema, schedule), name
-
-
-# ------------------------------------------------------------------ METHODS, sections 2, 3.4, 5
+@pytest.mark.parametrize(("name", "row"), [(name, row) for row in PUBLISHED for name in row.names.split()])
+def test_optimisation_is_the_sources(name: str, row: Published) -> None:
+    config, steps = load(name), 100  # per epoch
+    optim, options = config.optim, vars(config.method_options)
+    assert config.data.batch_size == row.batch
+    assert (optim.optimizer, optim.weight_decay, optim.weight_decay_end) == (row.optimizer, row.decay, row.decay_end)
+    assert (optim.no_decay, optim.clip_norm) == (row.no_decay, row.clip)
+    assert ((options["ema"], options["ema_schedule"]) if "ema" in options else None) == row.ema
+    base = scaled_lr(optim, row.batch)
+    assert base == pytest.approx(row.rate)
+    epochs, share = row.warmup
+    assert lr_at(optim, base, 0, steps) == pytest.approx(share * row.rate)
+    assert lr_at(optim, base, epochs * steps, steps) == pytest.approx(row.rate)
+    assert lr_at(optim, base, optim.epochs * steps, steps) == pytest.approx(row.last, abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -256,51 +232,56 @@ def test_crops_of_the_others() -> None:
     assert not any(v.blur_p for n in PRESETS if "cifar10" in n for v in make_views(load(n)).views)
 
 
-def linears(net: nn.Module) -> list[tuple[int, int, bool]]:
-    return [(m.in_features, m.out_features, m.bias is not None) for m in net.modules() if isinstance(m, nn.Linear)]
-
-
 def build(name: str) -> nn.Module:
     with torch.device("meta"):
         return make_method(load(name))
 
 
-def test_heads_of_byol_and_of_byol_in_gsg() -> None:
-    byol, gsg = build("byol-imagenet-100ep"), build("byol-guided-imagenet-100ep")
-    assert linears(byol.projector) == [(2048, 4096, True), (4096, 256, True)]
-    assert linears(byol.predictor) == [(256, 4096, True), (4096, 256, True)]
-    assert byol.config.sum_directions
-    simsiam = build("simsiam-imagenet-100ep")
-    assert str(gsg.projector) == str(simsiam.projector) and str(gsg.predictor) == str(simsiam.predictor)
-    assert not gsg.config.sum_directions
-    assert linears(build("byol-guided-cifar10-200ep").projector) == [(512, 2048, False), (2048, 2048, False)]
+HEADS = {  # widths of the Linear layers and whether they have biases; of the prototypes: (number, width)
+    "simsiam-imagenet-100ep": {"projector": "2048 2048 2048 2048", "predictor": "2048 512 2048+"},
+    "byol-guided-imagenet-100ep": {"projector": "2048 2048 2048 2048", "predictor": "2048 512 2048+"},
+    "byol-guided-cifar10-200ep": {"projector": "512 2048 2048", "predictor": "2048 512 2048+"},
+    "byol-imagenet-100ep": {"projector": "2048 4096+ 256+", "predictor": "256 4096+ 256+"},
+    "byol-cifar10-200ep": {"projector": "512 1024+ 256+", "predictor": "256 1024+ 256+"},
+    "mocov2-cifar10-200ep": {"projector": "512 512+ 128+"},
+    "mocov2-sslight-mnv2-imagenet-200ep": {"projector": "1280 2048+ 128+"},
+    "nnclr-cifar10-200ep": {"projector": "512 2048 256"},
+    "swav-cifar10-200ep": {"projector": "512 512+ 128+", "prototypes": (512, 128)},
+    "swav-sslight-mnv2-imagenet-200ep": {"projector": "1280 4096+ 128+"},
+    "dino-cifar10-200ep": {"projector": "512 2048+ 256+", "prototypes": (2048, 256)},
+    "dino-sslight-r18-imagenet-200ep": {"projector": "512 2048+ 2048+ 256+", "prototypes": (4096, 256)},
+    "dino-sslight-vit-t16-imagenet-200ep": {"projector": "192 2048+ 2048+ 256+", "prototypes": (65536, 256)},
+    "demo": {"projector": "512 512 512", "predictor": "512 128 512+"},
+}
 
 
-def test_heads_of_small_images() -> None:
-    assert linears(build("byol-cifar10-200ep").projector) == [(512, 1024, True), (1024, 256, True)]
-    assert linears(build("mocov2-cifar10-200ep").projector) == [(512, 512, True), (512, 128, True)]
-    assert linears(build("nnclr-cifar10-200ep").projector) == [(512, 2048, False), (2048, 256, False)]
-    swav, dino = build("swav-cifar10-200ep"), build("dino-cifar10-200ep")
-    assert linears(swav.projector) == [(512, 512, True), (512, 128, True)]
-    assert tuple(swav.prototypes.weight.shape) == (512, 128)
-    assert linears(dino.projector) == [(512, 2048, True), (2048, 256, True)]
-    assert tuple(dino.prototypes.weight.shape) == (2048, 256)
-    demo = build("demo")
-    assert linears(demo.projector) == [(512, 512, False), (512, 512, False)]
-    assert linears(demo.predictor) == [(512, 128, False), (128, 512, True)]
-    assert [m.affine for m in build("simsiam-cifar10-200ep").projector if isinstance(m, _BatchNorm)][-1]
-    assert not [m.affine for m in build("fastsiam-cifar10-200ep").projector if isinstance(m, _BatchNorm)][-1]
+def widths(net: nn.Module) -> str | tuple[int, ...]:
+    layers = [m for m in net.modules() if isinstance(m, nn.Linear)] if isinstance(net, nn.Sequential) else []
+    if not layers:
+        return tuple(net.weight.shape)
+    outputs = (f"{m.out_features}{'' if m.bias is None else '+'}" for m in layers)
+    return " ".join([str(layers[0].in_features), *outputs])
 
 
-def test_heads_of_sslight() -> None:
-    cnn, vit = build("dino-sslight-r18-imagenet-200ep"), build("dino-sslight-vit-t16-imagenet-200ep")
-    assert linears(cnn.projector) == [(512, 2048, True), (2048, 2048, True), (2048, 256, True)]
-    assert tuple(cnn.prototypes.weight.shape) == (4096, 256) and tuple(vit.prototypes.weight.shape) == (65536, 256)
-    assert any(isinstance(m, _BatchNorm) for m in cnn.projector)
-    assert not any(isinstance(m, _BatchNorm) for m in vit.projector)
-    assert cnn.prototypes.length is None and vit.prototypes.length is not None
-    assert linears(build("swav-sslight-mnv2-imagenet-200ep").projector) == [(1280, 4096, True), (4096, 128, True)]
-    assert linears(build("mocov2-sslight-mnv2-imagenet-200ep").projector) == [(1280, 2048, True), (2048, 128, True)]
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_the_sources(name: str) -> None:
+    method = build(name)
+    assert {part: widths(getattr(method, part)) for part in HEADS[name]} == HEADS[name]
+
+
+def norms(name: str) -> list[bool]:
+    """Whether the projector's BatchNorms have scales and shifts, layer by layer."""
+    return [m.affine for m in build(name).projector if isinstance(m, _BatchNorm)]
+
+
+def test_norms_of_the_heads() -> None:
+    assert norms("simsiam-imagenet-100ep") == norms("byol-guided-imagenet-100ep") == [True, True, False]
+    assert norms("simsiam-cifar10-200ep")[-1] and not norms("fastsiam-cifar10-200ep")[-1]
+    assert norms("dino-sslight-r18-imagenet-200ep") and not norms("dino-sslight-vit-t16-imagenet-200ep")
+    assert build("dino-sslight-r18-imagenet-200ep").prototypes.length is None
+    assert build("dino-sslight-vit-t16-imagenet-200ep").prototypes.length is not None
+    assert load("byol-imagenet-100ep").method_options.sum_directions
+    assert not load("byol-guided-imagenet-100ep").method_options.sum_directions
 
 
 # ------------------------------------------------------------------ costs
@@ -313,6 +294,20 @@ def products(name: str, size: int) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net.eval()(torch.empty(1, 3, size, size))
     return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", [module.name for module in pkgutil.iter_modules(presets.__path__)])
+def test_a_family_says_its_command_its_result_and_its_cost(family: str) -> None:
+    """The docstring's figures are those of the preset in its command."""
+    module = importlib.import_module(f"{presets.__name__}.{family}")
+    text = " ".join(module.__doc__.split())
+    preset = PRESETS[re.search(r" fastssl-train (\S+) --data ", text)[1]]
+    assert preset in module.PRESETS
+    result = re.search(r"[\d.-]+", preset.result)
+    assert (result[0] if result else "nothing") in text
+    found = cost(preset.make(), preset.num_images)
+    hours = figures(found.hours) if found.hours >= 0.01 else "<0.01"
+    assert f"Cost: {figures(found.views / 1e6)} M views, {hours} hours" in text
 
 
 def test_cost_of_fastsiam_by_hand() -> None:

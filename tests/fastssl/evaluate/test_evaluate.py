@@ -14,11 +14,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 
+from fastssl import evaluate
+from fastssl.config.schema import load_yaml
 from fastssl.evaluate import knn
+from fastssl.evaluate.base import load_backbone
 from fastssl.evaluate.command import main
 from fastssl.evaluate.features import extract
+from fastssl.evaluate.recalibrate import recalibrated
+from fastssl.export import save_weights
 from fastssl.networks.backbones import backbone
 from fastssl.train import main as train_main
+from fastssl.training.build import make_method
 from loaders.beton import Reader
 
 
@@ -134,10 +140,6 @@ def test_recalibrated_weights_are_reported_beside_the_others(
     assert main(["knn", str(run), *data, "--no-random", "--json", str(out)]) == 0
     assert json.loads(out.read_text()) == {"weights": results["weights"]}
     # What the table says of them is what the same weights with these statistics score.
-    from fastssl.evaluate.base import load_backbone
-    from fastssl.evaluate.recalibrate import recalibrated
-    from fastssl.export import save_weights
-
     net, _, size = load_backbone(run, None, None, seed=0)
     made = recalibrated(net, Reader(beton), size=size, device=torch.device("cpu"), images=24)
     save_weights(tmp_path / "made.safetensors", made, {"backbone": "resnet18", "size": size})
@@ -146,14 +148,46 @@ def test_recalibrated_weights_are_reported_beside_the_others(
 
 
 def test_random_initialisation_is_where_the_run_began(run: Path) -> None:
-    from fastssl.config.schema import load_yaml
-    from fastssl.evaluate.base import load_backbone
-    from fastssl.training.build import make_method
-
     _, random_net, size = load_backbone(run, None, None, seed=0)
     assert size == 32
     began = make_method(load_yaml(run / "config.yaml")).backbone.state_dict()
     assert all(torch.equal(v, began[k]) for k, v in random_net.state_dict().items())
+
+
+COUNT = '''"""How many images of one class there are to classify, whatever the network."""
+
+from dataclasses import dataclass
+
+from fastssl.evaluate.base import Evaluation, Results, Task
+
+
+@dataclass(kw_only=True)
+class Count(Evaluation):
+    """Counting"""
+
+    label: int = 0
+    """Class that is counted."""
+
+    def run(self, task: Task) -> Results:
+        return {f"class {self.label}": {"images": float((task.val.label == self.label).sum())}}
+'''
+
+
+def test_an_evaluation_is_one_new_file(
+    run: Path, beton: Path, val_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert evaluate.available() == ["knn"]
+    (tmp_path / "count.py").write_text(COUNT)
+    monkeypatch.setattr(evaluate, "__path__", [*evaluate.__path__, str(tmp_path)])
+    assert evaluate.available() == ["count", "knn"]
+    assert main(["count", str(run), "--data", str(beton), "--val", str(val_beton), "--label", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "class 2" in text and text.count("5.00") == 2  # of 20 images in 4 classes, twice
+    with pytest.raises(SystemExit):
+        main(["count", "--help"])
+    text = capsys.readouterr().out
+    assert "whatever the network" in text and "Class that is counted." in text
 
 
 @pytest.mark.parametrize(

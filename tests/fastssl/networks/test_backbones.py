@@ -289,7 +289,7 @@ def test_recalibration_restores_the_accuracy_that_wrong_statistics_cost(tmp_path
 
     def accuracy(candidate: nn.Module) -> float:
         features, label = extract(candidate, reader, size=32, device=CPU)
-        config = knn.Config(k=(5,), vote="weighted")
+        config = knn.Knn(k=(5,), vote="weighted")
         pairs = ((features[:30], label[:30]), (features[30:], label[30:]))
         (result,) = knn.accuracy(*pairs, config).values()
         return result["top1"]

@@ -44,7 +44,7 @@ for _name in methods.available():
             CASES[" ".join([_name, *map(str, _options.values())])] = (_name, _active | _options)
 
 
-def steps(name: str, options: dict[str, object], micro: bool) -> tuple[list, nn.Module, Config]:
+def steps(name: str, options: dict[str, object], micro: bool) -> tuple[list, nn.Module, RunConfig]:
     """Losses, gradients and weights of some steps in float64: in micro-batches, or in one pass in groups as large."""
     config, method, batch = made(name, B=IMAGES, **options)
     config.run.precision, config.run.compile, config.data.batch_size = "fp32", "off", IMAGES

@@ -65,7 +65,7 @@ def test_meter_lets_batch_norm_read_twice() -> None:
 # ------------------------------------------------------------------ work of a step
 
 
-def small(method: str, **values: object) -> configs.Config:
+def small(method: str, **values: object) -> configs.RunConfig:
     config = config_of(method, size=64)
     return configs.replace(config, batch_size=8, **values)
 

@@ -38,7 +38,7 @@ from fastssl.training.trainer import train
 ONE_THREAD = [*SMALL, "--workers", "1", "--backend", "cpu"]
 
 
-def config(**values: object) -> Config:
+def config(**values: object) -> RunConfig:
     return configs.replace(config_of("fastsiam"), data="T.beton", **values)
 
 
@@ -187,7 +187,7 @@ class Told(Forecast):
 
     steps_per_epoch = 100
 
-    def __init__(self, config: Config):
+    def __init__(self, config: RunConfig):
         self.config = config
         loop, start = self.loop()
         self.timings = Timings({config.data.size: loop}, {config.data.size: start})

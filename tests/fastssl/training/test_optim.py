@@ -15,7 +15,7 @@ from small import forbid_waiting
 from torch import Tensor, nn
 
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config, Optim
+from fastssl.config.schema import Optim, RunConfig
 from fastssl.methods import simsiam
 from fastssl.methods.base import Method
 from fastssl.progress import Progress
@@ -44,7 +44,7 @@ GSG_CIFAR = Optim(lr=0.06, lr_batch_size=512, epochs=200, schedule="constant", w
 LIGHTLY_CIFAR = Optim(lr=0.06, lr_batch_size=0, epochs=200, weight_decay=5e-4)
 
 
-def small(beton: Path | str, folder: Path | str, **fields: object) -> Config:
+def small(beton: Path | str, folder: Path | str, **fields: object) -> RunConfig:
     """Two epochs of three steps of SimSiam."""
     config = configs.replace(
         configs.typed_config("simsiam")(), method="simsiam", data=str(beton), out=folder, backbone="resnet18", size=32,
@@ -397,7 +397,7 @@ def test_a_parameter_without_gradient_stays(optimizer: str) -> None:
         ({"optimizer": "lamb"}, "--optimizer lamb: one of sgd, lars, adamw, adam"),
         ({"no_decay": "bias"}, "--no-decay bias: one of"),
         ({"schedule": "linear"}, "--schedule linear: one of epoch, step, constant"),
-        ({"lr": 0.0}, "--lr 0.0: must be positive"),
+        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
         ({"lr_batch_size": -1}, "--lr-batch-size -1"),
         ({"momentum": 1.0}, "--momentum 1.0"),
         ({"weight_decay": -0.1}, "--weight-decay -0.1"),

@@ -15,7 +15,7 @@ from small import OPTIONS, TinyResNet, config_of, has
 
 from fastssl import methods
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.training import build as core
 from fastssl.training import log as logs
 from fastssl.training.trainer import train
@@ -25,7 +25,7 @@ PROCESSES, EPOCHS, STOP = 2, 2, 5  # of 12 steps
 ACTIVE = {"queue_size": 12, "queue_from_epoch": 0, "teacher_warmup_epochs": 2, "guided": "guided", "guided_views": 2}
 
 
-def run_of(name: str, data: Path, out: Path, **more: object) -> Config:
+def run_of(name: str, data: Path, out: Path, **more: object) -> RunConfig:
     config = config_of(name, size=64)  # that tiles have 32
     options = {k: v for k, v in (OPTIONS | ACTIVE).items() if has(config, k)}
     common = {"data": data, "out": out, "batch_size": 8, "epochs": EPOCHS, "log_every": 1, "workers": 1, "seed": 3}

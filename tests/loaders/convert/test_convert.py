@@ -753,6 +753,6 @@ def test_from_another_thread(tmp_path, folder):
     """Python handles signals in the main thread only; elsewhere the function works without."""
     from concurrent.futures import ThreadPoolExecutor
 
-    config = convert.Config(src=folder, out=tmp_path / "o.beton")
+    config = convert.ConvertOptions(src=folder, out=tmp_path / "o.beton")
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(convert.convert, config).result().images == 30
