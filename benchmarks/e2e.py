@@ -125,7 +125,7 @@ class PeerTraining(Training):
             pass
 
 
-def peer_trainings(config: Config, setup: Setup) -> tuple[dict[str, Training], dict[str, str]]:
+def peer_trainings(config: EndToEndOptions, setup: Setup) -> tuple[dict[str, Training], dict[str, str]]:
     """The peers that can run here, and why the rest cannot. Raises UserError for training that peers do not do."""
     if not config.peers:
         return {}, {}
@@ -139,7 +139,7 @@ def peer_trainings(config: Config, setup: Setup) -> tuple[dict[str, Training], d
     return {name: PeerTraining(PEERS[name], setup, config.steps, workers) for name in names}, skipped
 
 
-def measure(config: Config, setup: Setup) -> Report:
+def measure(config: EndToEndOptions, setup: Setup) -> Report:
     """Interleaved blocks of steps, seconds each, and where the time of the loader's blocks went."""
     loader = setup.loader
     synthetic = Loader(

@@ -128,7 +128,7 @@ class Variant:
     one_pass: bool = True
     compile: Literal["off", "on", "reduce-overhead"] = "off"
 
-    def missing(self, config: Config, device: torch.device) -> str | None:
+    def missing(self, config: StepOptions, device: torch.device) -> str | None:
         """Why this variant cannot run, or would repeat another one; None if it can."""
         if self.compile == "reduce-overhead" and device.type == "cpu":
             return "CUDA graphs need a GPU"
@@ -180,7 +180,7 @@ class StepContestant:
             self.parts_ms[part].append(ms)
 
 
-def train_config(config: Config, backbone: str, variant: Variant) -> configs.Config:
+def train_config(config: StepOptions, backbone: str, variant: Variant) -> configs.RunConfig:
     """The configuration of a run that takes these steps."""
     made = configs.typed_config(config.method)()
     made.model.method = config.method
@@ -192,7 +192,7 @@ def train_config(config: Config, backbone: str, variant: Variant) -> configs.Con
 
 
 def ours(
-    config: Config, backbone: str, variant: Variant, views: Sequence[Tensor], device: torch.device
+    config: StepOptions, backbone: str, variant: Variant, views: Sequence[Tensor], device: torch.device
 ) -> StepContestant:
     """This project's step in one of its variants."""
     options = train_config(config, backbone, variant)
@@ -231,21 +231,25 @@ def separate_views(method: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, T
     return loss, {}
 
 
-def peer(config: Config, backbone: str, name: str, views: Sequence[Tensor], device: torch.device) -> StepContestant:
+def peer(
+    config: StepOptions, backbone: str, name: str, views: Sequence[Tensor], device: torch.device
+) -> StepContestant:
     """A peer's step."""
     step = PEERS[name].step(name=backbone, size=config.size, device=device)
     own_views = [view.float().contiguous() for view in views[: PEERS[name].num_views(len(views))]]
     return StepContestant(step, own_views, list(step.net.parameters()), step.precision.dtype)
 
 
-def make(config: Config, backbone: str, name: str, views: Sequence[Tensor], device: torch.device) -> StepContestant:
+def make(
+    config: StepOptions, backbone: str, name: str, views: Sequence[Tensor], device: torch.device
+) -> StepContestant:
     """The contestant called `name`."""
     if name in VARIANTS:
         return ours(config, backbone, VARIANTS[name], views, device)
     return peer(config, backbone, name, views, device)
 
 
-def make_views_on(config: Config, spec: ViewSpec, device: torch.device) -> list[Tensor]:
+def make_views_on(config: StepOptions, spec: ViewSpec, device: torch.device) -> list[Tensor]:
     """K views [B, 3, S, S] of the file's first images, or random numbers without a file."""
     if config.data is None:
         generator = torch.Generator().manual_seed(0)
@@ -393,7 +397,7 @@ def matmul(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Ca
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def measure(config: Config) -> Report:
+def measure(config: StepOptions) -> Report:
     """One training step: the gain of each measure, its parts, memory and traffic, and the steps of others."""
     device = pick_device(config.device)
     if device.type == "cpu":
@@ -470,7 +474,7 @@ def default_of(device: torch.device) -> str:
     return "compiled" if device.type == "cuda" else "one-pass"
 
 
-def row(config: Config, c: StepContestant, seconds: list[float], rates: dict[str, dict]) -> dict[str, Any]:
+def row(config: StepOptions, c: StepContestant, seconds: list[float], rates: dict[str, dict]) -> dict[str, Any]:
     """The figures of one contestant, whose steps took `seconds` each."""
     meter, peak = metered(c.plain() if c.plain else c), peak_bytes(c)
     moved = None if c.plain else meter.bytes
@@ -499,7 +503,7 @@ def add_ratios(rows: list[dict[str, Any]], default: str) -> None:
         r["over_ours"] = ratio(r["ms_per_view"]["values"], values[default]) if default in values else None
 
 
-def tables(config: Config, backbone: str, device: torch.device, rows: Sequence[dict[str, Any]]) -> list[Table]:
+def tables(config: StepOptions, backbone: str, device: torch.device, rows: Sequence[dict[str, Any]]) -> list[Table]:
     """The rows of one backbone as tables: times, and memory and rates."""
     rates = {r["contestant"]: r["per_s"]["median"] for r in rows if "per_s" in r}
     device_does = [

@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock
 
 from fastssl import methods
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.progress import Progress
 from fastssl.training.build import make_views
 from fastssl.training.step import Step

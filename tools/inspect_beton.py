@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
 
     def command(arguments: list[str]) -> int:
-        config = tyro.cli(Config, prog="python -m tools.inspect_beton", args=arguments)
+        config = tyro.cli(InspectOptions, prog="python -m tools.inspect_beton", args=arguments)
         table(Console(), str(config.file), describe(Reader(config.file)))
         return 0
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastssl import methods
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.device import pick_precision
 from fastssl.networks.backbones import backbone
 from fastssl.networks.batch_norm import GroupedBatchNorm
@@ -67,7 +67,7 @@ def cost(config: RunConfig, num_images: int) -> Cost:
 _counted: dict[str, float] = {}
 
 
-def _flops_per_image(config: Config, spec: ViewSpec) -> float:
+def _flops_per_image(config: RunConfig, spec: ViewSpec) -> float:
     """Floating-point operations of one image in one step: three times the forward pass of networks that are trained,
     once that of networks that only make targets; heads and the products in the loss included."""
     model, num = config.model.backbone, config.data.batch_size
@@ -138,7 +138,7 @@ class StepCost:
     """Operations per image that the device is asked for."""
 
 
-def step_cost(config: Config) -> StepCost:
+def step_cost(config: RunConfig) -> StepCost:
     """The cost of a step of `config`, with half precision where autocast uses it, counted on tensors without memory.
 
     The step is the run's own `Step`, with its momentum copies, micro-batches and recomputed activations.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.planning.forecast import Forecast
 from fastssl.planning.schedule import Range
 from fastssl.training.build import make_method
@@ -50,7 +49,7 @@ def options(forecast: Forecast, budget: float) -> list[Option]:
 def _epochs(
     forecast: Forecast,
     budget: float,
-    config: Config | None = None,
+    config: RunConfig | None = None,
     factor: float = 1.0,
     flags: str = "",
     basis: str = "measured",
@@ -81,7 +80,7 @@ def most_that_fit(seconds: Callable[[int], float], budget: float, fewest: int) -
 def _fewer_views(forecast: Forecast) -> list[Option]:
     """The run with fewer views, down to 2, where the method has their number as an option."""
     found: list[Option] = []
-    now = dataclasses.asdict(forecast.config.method_options).get("num_views", 2)
+    now = configs.to_dict(forecast.config)["method_options"].get("num_views", 2)
     if now <= 2:
         return found
     try:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.planning.bench import Neighbours, RunBench
 from fastssl.planning.cost import step_cost
 from fastssl.planning.schedule import Range, Timings, at_size, parts, total
@@ -16,7 +16,7 @@ from fastssl.training import memory
 class Forecast:
     """A run, measured for some seconds in `folder`, which is empty and not the run's."""
 
-    def __init__(self, config: Config, folder: Path):
+    def __init__(self, config: RunConfig, folder: Path):
         self.config, self.folder = config, folder
         with RunBench(config, folder / "run") as bench:
             self.bench, self.setup = bench, bench.setup
@@ -54,7 +54,7 @@ class Forecast:
         """The parts of the run, each with its number and its seconds in all."""
         return parts(self.config, self.timings, self.steps_per_epoch)
 
-    def seconds(self, config: Config | None = None, factor: float = 1.0) -> Range:
+    def seconds(self, config: RunConfig | None = None, factor: float = 1.0) -> Range:
         """Seconds of the whole run, or of a changed one whose steps take `factor` times as long."""
         loop = {size: seconds * factor for size, seconds in self.timings.loop.items()}
         return total(config or self.config, dataclasses.replace(self.timings, loop=loop), self.steps_per_epoch)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fastssl.config import schema as configs
 from fastssl.config.command_line import default_folder
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.planning import tables
 from fastssl.planning.forecast import Forecast
 from fastssl.training import memory

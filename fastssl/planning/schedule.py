@@ -52,7 +52,7 @@ def at_size(config: RunConfig, size: int) -> RunConfig:
     return configs.replace(config, size=size, size_schedule=())
 
 
-def waiting_bytes(config: Config) -> int:
+def waiting_bytes(config: RunConfig) -> int:
     """Most bytes of views that the loader keeps ready on a GPU, in half precision."""
     if config.run.micro_batch is not None:  # then views are made when they are asked for
         return 0
@@ -60,7 +60,7 @@ def waiting_bytes(config: Config) -> int:
     return 2 * 3 * pixels * config.data.batch_size * config.data.prefetch
 
 
-def steps_by_size(config: Config, steps_per_epoch: int) -> Counter[int]:
+def steps_by_size(config: RunConfig, steps_per_epoch: int) -> Counter[int]:
     """Steps of the run with views of each size."""
     epochs = config.optim.epochs
     steps: Counter[int] = Counter()
@@ -71,7 +71,7 @@ def steps_by_size(config: Config, steps_per_epoch: int) -> Counter[int]:
     return +steps  # without zeros
 
 
-def parts(config: Config, timings: Timings, steps_per_epoch: int) -> dict[str, tuple[int, Range]]:
+def parts(config: RunConfig, timings: Timings, steps_per_epoch: int) -> dict[str, tuple[int, Range]]:
     """The parts of the run, each with its number and its seconds in all."""
     by_size = steps_by_size(config, steps_per_epoch)
     steps = sum(by_size.values())
@@ -93,6 +93,6 @@ def parts(config: Config, timings: Timings, steps_per_epoch: int) -> dict[str, t
     }
 
 
-def total(config: Config, timings: Timings, steps_per_epoch: int) -> Range:
+def total(config: RunConfig, timings: Timings, steps_per_epoch: int) -> Range:
     """Seconds of the whole run."""
     return sum((seconds for _, seconds in parts(config, timings, steps_per_epoch).values()), exactly(0))

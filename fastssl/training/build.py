@@ -9,7 +9,7 @@ import torch
 
 from fastssl import methods, processes
 from fastssl.config import schema as configs
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.device import pick_device, pick_precision
 from fastssl.methods.base import Method
 from fastssl.networks.activation_checkpointing import checkpoint_activations
@@ -24,7 +24,7 @@ from loaders.errors import UserError
 from loaders.views import RECIPES
 
 
-def join(config: Config) -> tuple[torch.device, World]:
+def join(config: RunConfig) -> tuple[torch.device, World]:
     """Join the other processes of the run, if there are any. Returns this process's device and place among them."""
     configs.validate(config)
     device = pick_device(config.run.device)
@@ -39,7 +39,7 @@ class Setup:
     the loader's, in place of --backend. Raises UserError for whatever is wrong with the input.
     """
 
-    def __init__(self, config: Config, device: torch.device, world: World, backend: str | None = None):
+    def __init__(self, config: RunConfig, device: torch.device, world: World, backend: str | None = None):
         self.config, self.device, self.world = config, device, world
         self.on_gpu = device.type == "cuda"
         self.precision = pick_precision(config.run.precision, device)
@@ -113,7 +113,7 @@ class Setup:
         self.loader.close()
 
 
-def make_views(config: Config, size: int | None = None) -> ViewSpec:
+def make_views(config: RunConfig, size: int | None = None) -> ViewSpec:
     """The views that the method asks for, made by the recipe with the configuration's changes to crop and blur.
 
     size: side of the large views, px; None: --size.
@@ -132,7 +132,7 @@ def make_views(config: Config, size: int | None = None) -> ViewSpec:
     return config.method_options.views(recipe)
 
 
-def make_method(config: Config) -> Method:
+def make_method(config: RunConfig) -> Method:
     """Backbone and heads, freshly initialised from the run's seed, on the host.
 
     Raises UserError for an unknown backbone or one that does not take images of the sizes of the method's views.

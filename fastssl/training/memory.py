@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.methods.base import Metrics
 from fastssl.networks.micro_batch import use_micro_batches
 from fastssl.progress import Progress
@@ -163,7 +163,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def advice(config: Config) -> Iterator[None]:
+def advice(config: RunConfig) -> Iterator[None]:
     """Turn running out of memory into advice: for the loader and the monitor. A step's own is `out_of_memory`."""
     data = config.data
     try:

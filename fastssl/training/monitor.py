@@ -20,7 +20,7 @@ class Monitor:
 
     def __init__(self, setup: Setup):
         self.setup, self.run = setup, setup.config.run
-        self.settings = knn.Config(k=(self.run.knn_k,), temperature=self.run.knn_temperature, vote="weighted")
+        self.settings = knn.Knn(k=(self.run.knn_k,), temperature=self.run.knn_temperature, vote="weighted")
         self.best: float | None = None
         self.last: float | None = None
 

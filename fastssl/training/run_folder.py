@@ -35,7 +35,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"--out {folder} holds a run: continue it with --resume, replace it with --overwrite")
 
 
-def begin(folder: Path, config: Config, reader: Reader | Readers, spec: ViewSpec) -> None:
+def begin(folder: Path, config: RunConfig, reader: Reader | Readers, spec: ViewSpec) -> None:
     """Make the folder of a new run, with its configuration and a picture of its views. A resumed run has one."""
     folder.mkdir(parents=True, exist_ok=True)
     if config.run.resume:

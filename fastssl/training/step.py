@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import processes
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.device import Precision
 from fastssl.methods.base import Method, Metrics
 from fastssl.networks.micro_batch import MicroBatches, slices, use_micro_batches
@@ -31,7 +31,7 @@ class Step:
     """A training step: method (on `device`), optimiser, loss scaling. `step(batch, progress)` takes one."""
 
     def __init__(
-        self, config: Config, method: Method, device: torch.device, precision: Precision, world: World | None = None
+        self, config: RunConfig, method: Method, device: torch.device, precision: Precision, world: World | None = None
     ):
         self.config, self.method, self.device, self.precision = config, method, device, precision
         self.world = world or World()

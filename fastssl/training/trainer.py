@@ -20,7 +20,7 @@ from torch import Tensor
 from fastssl import processes
 from fastssl.config import schema as configs
 from fastssl.config.command_line import default_folder
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.methods.base import Metrics
 from fastssl.training import checkpoint, memory, run_folder, summary
 from fastssl.training import log as logs
@@ -48,7 +48,7 @@ class Trainer:
     on_step: called after every step with the steps done, the loss and the method's metrics, both on the device.
     """
 
-    def __init__(self, config: Config, console: Console | None = None, on_step: OnStep | None = None):
+    def __init__(self, config: RunConfig, console: Console | None = None, on_step: OnStep | None = None):
         self.config, self.on_step = config, on_step
         self.folder = Path(config.run.out) if config.run.out else default_folder(config)
         device, world = join(config)
@@ -269,7 +269,7 @@ class Trainer:
         return result
 
 
-def train(config: Config, console: Console | None = None, on_step: OnStep | None = None) -> Result:
+def train(config: RunConfig, console: Console | None = None, on_step: OnStep | None = None) -> Result:
     """Run one configuration from start (or checkpoint) to end.
 
     on_step: called after every step, as by `Trainer`. Raises UserError for input that cannot be used, before anything

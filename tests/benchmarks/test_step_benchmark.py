@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import common, step
 from benchmarks.peers import PEERS, Lightly, SimSiam
-from benchmarks.step import VARIANTS, Config, StepContestant
+from benchmarks.step import VARIANTS, StepContestant, StepOptions
 from fastssl.device import pick_precision
 from fastssl.training.build import make_method
 from loaders import Batch

@@ -11,7 +11,7 @@ from small import config_of, has, made
 from torch import nn
 
 from fastssl import methods
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.device import pick_precision
 from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm
 from fastssl.networks.encode import in_groups

@@ -21,7 +21,7 @@ from small import SMALL, config_of
 
 from fastssl.config import schema as configs
 from fastssl.config.command_line import parse
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.planning import bench, tables
 from fastssl.planning import plan as plans
 from fastssl.planning.bench import Neighbours, timed

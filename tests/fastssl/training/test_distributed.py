@@ -10,7 +10,7 @@ from small import config_of, has, made
 from torch import Tensor, distributed, nn
 
 from fastssl import methods, processes
-from fastssl.config.schema import Config
+from fastssl.config.schema import RunConfig
 from fastssl.device import pick_precision
 from fastssl.losses import guided as addons
 from fastssl.methods.base import Method
@@ -60,7 +60,7 @@ def next_in_block(num: int, _fixed_points: bool, device: torch.device) -> Tensor
     return image // block * block + (image + 1) % block
 
 
-def steps_of(config: Config, method: Method, batch: Batch) -> list[dict]:
+def steps_of(config: RunConfig, method: Method, batch: Batch) -> list[dict]:
     """Loss, gradients and state after each of some `Step`s with this process's share of the images."""
     config.run.precision, config.run.compile, config.data.batch_size = "fp32", "off", IMAGES
     world = processes.World(processes.rank(), processes.size())

@@ -428,7 +428,7 @@ def test_published_settings_are_valid(optim: Optim) -> None:
 # ---------------------------------------------------------------------- in the trainer
 
 
-def run(config: Config) -> Method:
+def run(config: RunConfig) -> Method:
     trainer = Trainer(config, Console(quiet=True))
     assert trainer.run()["steps"] == 6
     return trainer.setup.method
