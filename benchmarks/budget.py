@@ -14,7 +14,7 @@ from fastssl.cli import run_command
 from fastssl.config import schema as configs
 from fastssl.config.command_line import parse
 from fastssl.config.schema import RunConfig
-from fastssl.planning.cards import CARDS, seconds_per_image
+from fastssl.planning.cards import CARDS, Card, seconds_per_image
 from fastssl.planning.cost import StepCost, step_cost
 from fastssl.planning.schedule import at_size, steps_by_size, waiting_bytes
 from fastssl.training.log import figures
@@ -32,35 +32,33 @@ RECIPES = (
 )
 
 
-def hours(config: RunConfig, works: dict[int, StepCost], images: int = IMAGENET) -> dict[str, float]:
-    """Of the training steps, by card. `works`: of a step, by size of the views."""
-    steps = steps_by_size(config, images // config.data.batch_size)
-    cards = [card for card in CARDS if card.name in SHOWN]
-    return {
-        card.name: sum(
-            num * config.data.batch_size * seconds_per_image(card, works[size])[0] for size, num in steps.items()
-        )
-        / 3600
-        for card in cards
-    }
+def hours(config: RunConfig, costs: dict[int, StepCost], images: int = IMAGENET) -> dict[str, float]:
+    """Hours of the training steps, by card. `costs`: the cost of a step, by size of the views."""
+    batch = config.data.batch_size
+    steps = steps_by_size(config, images // batch)
+
+    def seconds(card: Card) -> float:
+        return sum(num * batch * seconds_per_image(card, costs[size])[0] for size, num in steps.items())
+
+    return {card.name: seconds(card) / 3600 for card in CARDS if card.name in SHOWN}
 
 
-def memory(config: RunConfig, works: dict[int, StepCost]) -> float:
-    """Bytes in use at once: of the step, and of the batches that wait beside it."""
-    return max(w.peak for w in works.values()) + waiting_bytes(config)
+def memory(config: RunConfig, costs: dict[int, StepCost]) -> float:
+    """Bytes in use at once by the step, and by the batches that wait beside it."""
+    return max(cost.peak for cost in costs.values()) + waiting_bytes(config)
 
 
 def row(recipe: str) -> str:
     """A line of the table."""
     config = parse([*recipe.split(), "--data", "ImageNet"])  # which is not opened
     configs.validate(config)
-    works = {size: step_cost(at_size(config, size)) for size in configs.sizes(config)}
-    cells = [f"`{recipe}`", f"{memory(config, works) / 1e9:.1f} GB", *map(figures, hours(config, works).values())]
+    costs = {size: step_cost(at_size(config, size)) for size in configs.sizes(config)}
+    cells = [f"`{recipe}`", f"{memory(config, costs) / 1e9:.1f} GB", *map(figures, hours(config, costs).values())]
     return f"| {' | '.join(cells)} | derived |"
 
 
 def table(recipes: tuple[str, ...] = RECIPES) -> list[str]:
-    """Markdown."""
+    """The lines of the table, in Markdown."""
     head = ("recipe", "GPU memory", *(f"{name}, h" for name in SHOWN), "basis")
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(row, recipes)]
 

@@ -35,7 +35,7 @@ from fastssl.networks.backbones import backbone
 from fastssl.networks.heads import Heads, make_heads
 
 LR, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 1e-4
-_FP32 = Precision(None, False)
+_FP32 = pick_precision("fp32", torch.device("cpu"))
 
 TrainStep = Callable[[Sequence[Tensor]], object]  # one step on K views [B, 3, S, S]
 

@@ -5,7 +5,7 @@
 
 All contestants of a backbone train on the same views, which lie on the device already, in interleaved rounds:
 
-    eager             fp32, NCHW, each view by itself through the network: the loss in plain torch, no compiler
+    eager             fp32, NCHW, one view after another through the network: the loss in plain torch, no compiler
     channels-last     the same in memory format channels_last
     amp               and in mixed precision (--precision)
     one-pass          and all views in one pass: this project's `fastssl.training.step.Step` with --compile off

@@ -40,7 +40,7 @@ _BLOCKS = 5  # parts of a measurement, between which the spread is seen
 def timed(do: Callable[[], object], wait: Callable[[], None], seconds: float) -> Range:
     """Seconds per call of `do`, measured for about `seconds` (and a call more) in blocks; `wait` ends each block.
 
-    The figure is the mean, as what is predicted from it is a sum.
+    The figure is the mean, as predictions are sums of such figures.
     """
     start = time.perf_counter()
     do()
@@ -70,7 +70,7 @@ class Neighbours:
 
     @staticmethod
     def _now() -> tuple[float, float, float] | None:
-        """Seconds on the clock, of CPU time of all programs, and of this one; None where the system does not say."""
+        """Seconds on the clock, CPU seconds of all programs and of this one; None without /proc/stat."""
         try:
             ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
         except (OSError, ValueError, IndexError):

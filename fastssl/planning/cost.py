@@ -126,7 +126,7 @@ class _StandIn(nn.Module):
 
 @dataclass(frozen=True)
 class StepCost:
-    """The cost of one training step if every operation is done by itself, as eager torch does."""
+    """The cost of one training step in eager torch, which does one operation after another."""
 
     flops: float
     """Floating-point operations per image, forward and backward, a multiplication and an addition counting as two."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,7 +80,7 @@ def most_that_fit(seconds: Callable[[int], float], budget: float, fewest: int) -
 def _fewer_views(forecast: Forecast) -> list[Option]:
     """The run with fewer views, down to 2, where the method has their number as an option."""
     found: list[Option] = []
-    now = dataclasses.asdict(forecast.config.method_options).get("num_views", 2)
+    now = configs.to_dict(forecast.config)["method_options"].get("num_views", 2)
     if now <= 2:
         return found
     try:

@@ -44,7 +44,7 @@ class Forecast:
             return bench.loop(ahead=self._ahead)[0], bench.start
 
     def measure_sizes(self, sizes: tuple[int, ...]) -> None:
-        """Measure the loop at those of these sizes that are not measured yet."""
+        """Measure the loop at these sizes, unless that was done before."""
         for size in {*sizes} - {*self.timings.loop}:
             loop, start = self.loop(size=size)
             loops, starts = {**self.timings.loop, size: loop}, {**self.timings.start, size: start}

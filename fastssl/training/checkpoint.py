@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and what is in them: everything that the next step depends on."""
+"""Checkpoints: everything that the next step depends on, in a file that is whole or absent."""
 
 from __future__ import annotations
 

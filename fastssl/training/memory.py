@@ -65,9 +65,9 @@ class StepMemory:
 def measured_step(
     step: Step, batch: Batch, progress: Progress, loader: Loader | None = None
 ) -> tuple[tuple[Tensor, Metrics], StepMemory]:
-    """Take a step. Returns what `step(batch, progress)` returns, and the memory of it.
+    """Take a step and count its memory. Returns the result of `step(batch, progress)` and the memory.
 
-    The step computes what it always does, and waits for nothing. Without `loader` only the batch's own views count.
+    Counting does not change the result, and waits for nothing. Without `loader` only the batch's own views count.
     """
     method, on_gpu = step.method, step.device.type == "cuda"
     before = _bytes(_tensors(step.optimizer.state))
@@ -96,7 +96,7 @@ def measured_step(
 
 
 class Activations(saved_tensors_hooks):
-    """Bytes that autograd keeps for backward passes of what is computed in a `with` block, `now` and at the `peak`.
+    """Bytes that autograd keeps for the backward passes of a `with` block, `now` and at the `peak`.
 
     Tensors that share memory count once; the memory of the tensors `known` does not count.
     """
@@ -169,10 +169,10 @@ def advice(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        late = "" if config.run.micro_batch else ", or --micro-batch, with which no views wait on the GPU"
+        more = "" if config.run.micro_batch else ", or --micro-batch, with which no views wait on the GPU"
         raise UserError(
             f"out of GPU memory beside the training step, with --batch-size {data.batch_size} and "
-            f"{make_views(config).K} views of {data.size} px: try a smaller --prefetch or --batch-size{late}"
+            f"{make_views(config).K} views of {data.size} px: try a smaller --prefetch or --batch-size{more}"
         ) from error
 
 

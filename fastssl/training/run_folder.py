@@ -42,7 +42,7 @@ def begin(folder: Path, config: RunConfig, reader: Reader | Readers, spec: ViewS
         return
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
-    # What the folder says of its own run is neither resumed nor overwriting.
+    # The kept configuration is that of a run which neither resumes nor overwrites.
     own = dataclasses.replace(config.run, out=folder, overwrite=False)
     configs.save_yaml(dataclasses.replace(config, run=own), folder / CONFIG)
     seed, num = config.run.seed, min(8, len(reader))

@@ -9,9 +9,9 @@ from fastssl.processes import World
 
 
 class StopSignal:
-    """SIGINT and SIGTERM, noted instead of obeyed, within a `with` block.
+    """SIGINT and SIGTERM in a `with` block: a signal is noted, for the training loop to stop after the step.
 
-    A second signal ends the program at once, with the last checkpoint as it is.
+    A second signal ends the program at once; the last checkpoint stays.
     """
 
     def __init__(self, world: World):

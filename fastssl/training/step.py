@@ -122,8 +122,8 @@ class Step:
 
 
 def _in_parallel(method: Method) -> DistributedDataParallel:
-    """The method with its gradients averaged over the processes. BatchNorm's running statistics stay each process's
-    own; those of the main process are saved."""
+    """The method with its gradients averaged over the processes. BatchNorm's running statistics are not exchanged: the
+    checkpoint holds those of the main process."""
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:  # torch 2.15
         return DistributedDataParallel(method, forward_sync_buffers=False)
     return DistributedDataParallel(method, broadcast_buffers=False)

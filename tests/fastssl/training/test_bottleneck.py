@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
-import torch
 
 from fastssl.training import bottleneck
-from fastssl.training.stopwatch import StepClock
 
 STATS = {"read": 1.0, "decode": 12.0, "crop": 8.0, "augment": 0.0, "copy": 0.5, "device": 2.0, "wait": 3.0}
 
@@ -60,14 +56,3 @@ def test_the_lines_name_stages_limit_and_hours() -> None:
     assert meaning == (
         "limit: the network (11.1 images/s alone); next: the loader's 3 threads (143 images/s); 2h00m to go"
     )
-
-
-def test_the_clock_counts_the_blocks() -> None:
-    clock = StepClock(torch.device("cpu"))
-    with clock:
-        time.sleep(0.02)
-    time.sleep(0.05)
-    with clock:
-        time.sleep(0.02)
-    assert 0.04 <= clock.take() == clock.take()
-    assert clock.take() < time.perf_counter()

@@ -472,11 +472,6 @@ def test_hooks_come_in_order_and_with_one_progress(
         assert not torch.equal(at[1], at[2])
 
 
-def test_a_method_without_hooks_trains(beton: Path, tmp_path: Path) -> None:
-    assert not vars(simsiam.Method).keys() & {"before_step", "after_backward", "after_step"}
-    run(small(beton, tmp_path / "run"))
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
 def test_dropped_gradients_leave_their_parameter_alone(
     optimizer: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -64,24 +64,16 @@ def test_a_run_folder_holds_what_is_promised(finished: Path) -> None:
     assert yaml.safe_load((finished / "config.yaml").read_text())["model"]["method"] == "fastsiam"
 
 
-def test_weights_load_strictly_into_torchvision(finished: Path) -> None:
-    state = load_file(finished / "weights.safetensors")
-    model = torchvision.models.resnet18()
-    model.fc = torch.nn.Identity()
-    model.load_state_dict(state, strict=True)
-    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)["method"]
-    assert all(torch.equal(v, checkpoint[f"backbone.{k}"]) for k, v in state.items())
-
-
-def test_weights_load_strictly_into_timm(finished: Path) -> None:
+def test_weights_load_strictly_into_torchvision_and_timm(finished: Path) -> None:
     import timm
 
     state = load_file(finished / "weights.safetensors")
-    model = timm.create_model("resnet18", num_classes=0)
-    model.load_state_dict(state, strict=True)
-    reference = torchvision.models.resnet18()
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)["method"]
+    assert all(torch.equal(v, checkpoint[f"backbone.{k}"]) for k, v in state.items())
+    reference, model = torchvision.models.resnet18(), timm.create_model("resnet18", num_classes=0)
     reference.fc = torch.nn.Identity()
-    reference.load_state_dict(state)
+    for net in (reference, model):
+        net.load_state_dict(state, strict=True)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), reference.eval()(x))
