@@ -36,7 +36,7 @@ from rich.table import Table
 
 from benchmarks import common
 from benchmarks.common import Report, Run, chosen, figure, interleave, not_installed, ratio, shown, spread, timed
-from loaders.convert import command as fastssl_convert
+from loaders.convert.command import ConvertConfig, convert
 from loaders.errors import UserError
 
 BASELINES = ("cp", "cp-synced", "cp-folder", "ffcv-writer")  # whom every row is compared with
@@ -104,9 +104,7 @@ class Bench:
         self.convert(self.file, workers=None, verify=False)
 
     def convert(self, out: Path, *, workers: int | None, verify: bool) -> None:
-        summary = fastssl_convert.convert(
-            fastssl_convert.Config(src=str(self.folder), out=out, workers=workers, verify=verify, overwrite=True)
-        )
+        summary = convert(ConvertConfig(src=str(self.folder), out=out, workers=workers, verify=verify, overwrite=True))
         if summary.skipped:
             raise UserError("{}: {}; take it out, all contestants need whole images".format(*summary.skipped[0]))
 

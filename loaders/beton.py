@@ -334,7 +334,11 @@ class Writer:
         self._num = 0
         self._partial = partial_path(self.path)
         self._fd: int | None = _create_locked(self._partial)
-        self._write_head(alloc_table_ptr=0)
+        try:
+            self._write_head(alloc_table_ptr=0)
+        except BaseException:  # the caller has nothing to close yet
+            self.abort()
+            raise
 
     def __len__(self) -> int:
         return self._num

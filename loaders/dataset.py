@@ -8,13 +8,13 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from loaders.beton import Reader, Sample
+from loaders.braces import expand_list
 from loaders.errors import UserError
 
 
@@ -109,8 +109,7 @@ def open_data(data: str | os.PathLike) -> Reader | Readers:
     data = os.fspath(data)
     if Path(data).exists():
         return Reader(data)
-    # Commas inside braces belong to them.
-    paths = [p for braced in _split(data) for p in expand_braces(braced)]
+    paths = expand_list(data)
     if not paths:
         raise UserError("no data file is named: give a .beton")
     twice = {p for p in paths if paths.count(p) > 1}
@@ -118,34 +117,3 @@ def open_data(data: str | os.PathLike) -> Reader | Readers:
         raise UserError(f"{min(twice)} is named twice in {data}: its images would be seen twice per epoch")
     readers = [Reader(p) for p in paths]
     return readers[0] if len(readers) == 1 else Readers(readers)
-
-
-def _split(data: str) -> list[str]:
-    """At the commas that are not within braces."""
-    parts, depth = [""], 0
-    for c in data:
-        depth += (c == "{") - (c == "}")
-        if c == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return [p.strip() for p in parts if p.strip()]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`a-{08..10}.tar` -> a-08.tar a-09.tar a-10.tar; `{x,y}` lists; several braces multiply. A real path stays."""
-    if "{" not in pattern or Path(pattern).exists():
-        return [pattern]
-    pieces = re.split(r"\{([^{}]*)\}", pattern)
-    options: list[list[str]] = []
-    for i, piece in enumerate(pieces):
-        if i % 2 == 0:
-            options.append([piece])
-        elif found := re.fullmatch(r"(\d+)\.\.(\d+)", piece):
-            first, last = found.groups()
-            if int(last) < int(first):
-                raise UserError(f"{pattern}: the range {{{piece}}} is empty; write the smaller number first")
-            options.append([f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)])
-        else:
-            options.append(piece.split(","))
-    return ["".join(parts) for parts in itertools.product(*options)]

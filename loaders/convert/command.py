@@ -27,22 +27,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import tyro
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from loaders import __version__
 from loaders.beton import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Writer, partial_path, sidecar_path
-from loaders.convert.images import BadImage, Stored, store
+from loaders.checks import at_least, need
+from loaders.convert.images import MAX_JPEG_SIDE, BadImage, Stored, store
 from loaders.convert.sources import Source, open_source
 from loaders.draw import permutation
 from loaders.errors import UserError
 
-__all__ = ["Config", "Summary", "convert", "main"]
+if TYPE_CHECKING:  # rich is imported where something is shown: `--help` does without
+    from rich.table import Table
+
+__all__ = ["ConvertConfig", "Summary", "convert", "main"]
 
 CHUNK_IMAGES, CHUNK_BYTES = 64, 2 << 20  # one task of a thread; large images go one by one, which bounds the memory
 CHUNKS_AHEAD = 2  # per thread
@@ -50,12 +52,13 @@ CHUNKS_AHEAD = 2  # per thread
 # cache, take 4.9 s with 1, 3.6 with 2, 2.7 with 4; but contend for the interpreter's lock: files of 11 KB, in the page
 # cache, take 24, 28 and 34 us each.
 READERS = 4
+MAX_WORKERS = 4096
 DEFAULT_QUALITY = 90
 SHUFFLE_STREAM = 2  # of loaders.draw.permutation: 0 and 1 order the epochs of training
 
 
 @dataclass(frozen=True)
-class Config:
+class ConvertConfig:
     """Turn an image folder, archive or data set into one .beton file.
 
     JPEGs keep their bytes; other images are stored raw (up to 64 x 64) or as JPEG (quality 95, 4:4:4). OUT.json beside
@@ -133,7 +136,7 @@ class Done(NamedTuple):
     source_bytes: int
 
 
-def convert(config: Config, progress: Callable[[int, int], None] | None = None) -> Summary:
+def convert(config: ConvertConfig, progress: Callable[[int, int], None] | None = None) -> Summary:
     """Do what `config` says. `progress` is called with (images done, images in all).
 
     Raises UserError for anything the user can mend; then, as after any other exception, no file is left.
@@ -155,7 +158,12 @@ def convert(config: Config, progress: Callable[[int, int], None] | None = None) 
             _check_space(config.out, sum(sizes[i] for i in indices))
         page_size = config.page_size or _page_size(config, sizes, indices)
         chunks = _process(source, indices, sizes, page_size, config)
-        with Writer(config.out, len(indices), page_size=page_size) as writer, contextlib.closing(chunks):
+        with (
+            _postponed() as let_interrupt,
+            Writer(config.out, len(indices), page_size=page_size) as writer,
+            contextlib.closing(chunks),
+        ):
+            let_interrupt()  # now there is a writer to clean up
             for chunk in chunks:
                 done = [item for item in chunk if isinstance(item, Done)]
                 writer.extend((s.blob, s.height, s.width, label, s.mode) for s, label, _ in done)
@@ -177,7 +185,7 @@ def convert(config: Config, progress: Callable[[int, int], None] | None = None) 
     return summary
 
 
-def _select(source: Source, config: Config) -> list[int]:
+def _select(source: Source, config: ConvertConfig) -> list[int]:
     """Which images of the source to convert, in which order."""
     indices = np.arange(len(source)) if config.limit is None else np.asarray(source.subset(config.limit))
     if not len(indices):
@@ -191,7 +199,7 @@ def _select(source: Source, config: Config) -> list[int]:
     return chosen.tolist()
 
 
-def _part(config: Config) -> tuple[int, int]:
+def _part(config: ConvertConfig) -> tuple[int, int]:
     """Number of the part, from 0, and how many there are."""
     if config.part is None:
         return 0, 1
@@ -204,7 +212,7 @@ def _part(config: Config) -> tuple[int, int]:
     return part, num_parts
 
 
-def _finish(writer: Writer, config: Config, summary: Summary) -> None:
+def _finish(writer: Writer, config: ConvertConfig, summary: Summary) -> None:
     """Give the files their names: all or none, and never OUT beside the summary of another file.
 
     So OUT, if it is to be replaced, goes before the others come, and comes last: killed in between, it is missing.
@@ -244,7 +252,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _process(
-    source: Source, indices: list[int], sizes: Sequence[int], page_size: int, config: Config
+    source: Source, indices: list[int], sizes: Sequence[int], page_size: int, config: ConvertConfig
 ) -> Iterator[list[Done | Skipped]]:
     """Read and prepare the images on threads; yields them in order, a bounded number ahead.
 
@@ -316,23 +324,24 @@ def _count(summary: Summary, item: Done) -> None:
         summary.smaller_after += len(item.stored.blob)
 
 
-def _check_options(config: Config) -> None:
-    if config.quality is not None and config.max_side is None:
-        raise UserError("--quality is for images made smaller: give --max-side too (originals keep their bytes)")
-    for name, low, high in (
-        ("max_side", 1, 65500),
-        ("quality", 1, 100),
-        ("workers", 1, 4096),
-        ("limit", 1, sys.maxsize),
-        ("seed", 0, (1 << 32) - 1),
-    ):
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+def _check_options(config: ConvertConfig) -> None:
+    at_least(config, 1, "max_side", "quality", "workers", "limit")
+    at_least(config, 0, "seed")
+    need(
+        config.max_side is None or config.max_side <= MAX_JPEG_SIDE,
+        f"--max-side {config.max_side}: at most {MAX_JPEG_SIDE}",
+    )
+    need(config.quality is None or config.quality <= 100, f"--quality {config.quality}: at most 100")
+    need(config.workers is None or config.workers <= MAX_WORKERS, f"--workers {config.workers}: at most {MAX_WORKERS}")
+    need(config.seed < 1 << 32, f"--seed {config.seed}: at most {(1 << 32) - 1}")
+    need(
+        config.quality is None or config.max_side is not None,
+        "--quality is for images made smaller: give --max-side too (originals keep their bytes)",
+    )
     _part(config)
 
 
-def _check_out(config: Config) -> None:
+def _check_out(config: ConvertConfig) -> None:
     out = config.out
     if not out.parent.is_dir():
         raise UserError(f"the folder {out.parent} of the output does not exist; make it first")
@@ -363,7 +372,7 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _page_size(config: Config, sizes: Sequence[int], indices: list[int]) -> int:
+def _page_size(config: ConvertConfig, sizes: Sequence[int], indices: list[int]) -> int:
     """FFCV's 8 MiB, which suits every common data set; more if a file is larger and will stay as it is."""
     page_size = DEFAULT_PAGE_SIZE
     if config.max_side is None:
@@ -373,7 +382,7 @@ def _page_size(config: Config, sizes: Sequence[int], indices: list[int]) -> int:
     return page_size
 
 
-def _sidecars(config: Config, summary: Summary) -> dict[str, str]:
+def _sidecars(config: ConvertConfig, summary: Summary) -> dict[str, str]:
     """What OUT.json says, and OUT.skipped.csv; an empty text where there is nothing to say."""
     counts = [summary.counts[label] for label in range(len(summary.classes))]
     content = {
@@ -401,17 +410,17 @@ def _sidecars(config: Config, summary: Summary) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str | None]:
-    def version(name: str) -> str | None:
+    versions: dict[str, str | None] = {"fastssl": __version__}
+    for name in ("torch", "torchvision", "pillow", "numpy"):
         try:
-            return importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in ("fastssl", "torch", "torchvision", "pillow", "numpy")}
+            versions[name] = None
+    return versions
 
 
 @contextlib.contextmanager
-def _handling(handler: Callable) -> Iterator[None]:
+def _handling(handler: Callable[..., None]) -> Iterator[None]:
     """Let `handler` have Ctrl-C and SIGTERM for a while; Python allows that in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -429,10 +438,25 @@ def _uninterrupted() -> contextlib.AbstractContextManager[None]:
     return _handling(lambda *_: None)
 
 
+@contextlib.contextmanager
+def _postponed() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM take effect when the function that this gives is called, not before."""
+    came: list[int] = []
+    with contextlib.ExitStack() as handling:
+        handling.enter_context(_handling(lambda number, _frame: came.append(number)))
+
+        def let_interrupt() -> None:
+            handling.close()
+            if came:
+                signal.raise_signal(came[0])
+
+        yield let_interrupt
+
+
 def _terminable() -> contextlib.AbstractContextManager[None]:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt, the first of them only: cleaning up is not interrupted again."""
 
-    def interrupt(*_) -> None:
+    def interrupt(*_: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
@@ -448,7 +472,9 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.4g} TB"
 
 
-def _table(config: Config, summary: Summary) -> Table:
+def _table(config: ConvertConfig, summary: Summary) -> Table:
+    from rich.table import Table
+
     table = Table(title=str(config.out), show_header=False, title_justify="left")
     seconds = max(summary.seconds, 1e-9)
     rows = [("images", f"{summary.images:,}"), ("classes", f"{len(summary.classes):,}" if summary.classes else "none")]
@@ -472,7 +498,10 @@ def _table(config: Config, summary: Summary) -> Table:
     return table
 
 
-def _run(config: Config) -> None:
+def _run(config: ConvertConfig) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -507,7 +536,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     out: Path | None = None
     try:
-        config = tyro.cli(Config, prog="fastssl-convert", args=argv)
+        config = tyro.cli(ConvertConfig, prog="fastssl-convert", args=argv)
         out = config.out
         with _terminable():
             _run(config)

@@ -8,6 +8,7 @@ of an animation is taken, ICC profiles are not applied.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import struct
 from typing import NamedTuple
@@ -25,10 +26,8 @@ EXTENSIONS = frozenset(
     + (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif")
 )
 # What Pillow may try. Not on the list: formats that start other programs (EPS) or are not pictures (PDF, fonts).
-# MPO, several JPEGs in one, opens as JPEG. Pillow loads its plug-ins on demand, but not for a list of formats.
-Image.init()
+# MPO, several JPEGs in one, opens as JPEG.
 _WANTED = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # a Pillow may be built without some
 MAX_PIXELS = 2 * (1 << 30) // 4 // 3  # 178,956,970: more is an attack or a mistake (Pillow's limit for an error)
 MAX_JPEG_SIDE = 65500  # libjpeg's limit, below the 65,535 of the record
 RAW_SIDE = 64  # lossless sources up to this many pixels a side are stored raw: CIFAR stays exact
@@ -173,11 +172,18 @@ def _keep(data: bytes | memoryview, head: JpegHead, verify: bool) -> bool:
         return False
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Names of the wanted formats that this Pillow was built with."""
+    Image.init()  # it loads its plug-ins on demand, but not for a list of formats
+    return tuple(name for name in _WANTED if name in Image.OPEN)
+
+
 def _load(data: bytes | memoryview, max_side: int | None = None) -> tuple[Image.Image, bool]:
     """Decode all of the first frame, strictly. A JPEG longer than `max_side` comes out at that side, and True."""
     reduced = None
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_formats())
         if max_side is not None and max(image.size) > max_side:
             size = _fitted(image.size, max_side)
             reduced = image.draft(None, tuple(DRAFT * side for side in size))  # None for other formats

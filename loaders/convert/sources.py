@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from loaders.braces import expand_braces
 from loaders.convert import imagenet
 from loaders.convert.archives import Container, Member, open_container
 from loaders.convert.images import EXTENSIONS, is_image
-from loaders.dataset import expand_braces
 from loaders.errors import UserError
 
 __all__ = ["FileSource", "ShapesSource", "Source", "TorchvisionSource", "open_source"]

@@ -21,6 +21,7 @@ import pytest
 import torchvision
 from PIL import Image, ImageOps
 
+import loaders
 from loaders import beton, draw
 from loaders.beton import MODE_JPEG, MODE_RAW, Reader
 from loaders.convert import command as convert
@@ -113,6 +114,7 @@ def test_summary_beside_the_file(tmp_path, capsys, folder):
     assert min(content["counts"]) > 0  # --limit takes from all classes
     assert content["source"] == folder and content["options"]["limit"] == 9 and content["stored"] == {"original": 9}
     assert content["bytes"] == (tmp_path / "o.beton").stat().st_size and content["skipped"] == 0
+    assert content["versions"]["fastssl"] == loaders.__version__
     assert content["versions"]["torch"] and content["seconds"] > 0
 
 
@@ -753,6 +755,6 @@ def test_from_another_thread(tmp_path, folder):
     """Python handles signals in the main thread only; elsewhere the function works without."""
     from concurrent.futures import ThreadPoolExecutor
 
-    config = convert.Config(src=folder, out=tmp_path / "o.beton")
+    config = convert.ConvertConfig(src=folder, out=tmp_path / "o.beton")
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(convert.convert, config).result().images == 30

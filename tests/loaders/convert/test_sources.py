@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from loaders.braces import expand_braces
 from loaders.convert.sources import open_source
-from loaders.dataset import expand_braces
 from loaders.errors import UserError
 
 
