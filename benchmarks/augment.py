@@ -41,9 +41,9 @@ from rich.table import Table
 
 from benchmarks import common
 from benchmarks.common import Report, Run, chosen, figure, interleave, not_installed, ratio, shown, spread, timed_on
-from benchmarks.contestants import backend_crops
+from benchmarks.contestants import ours
 from loaders import views
-from loaders.augment import DeviceAugment, augment, augment_rows, plan, to_tensors
+from loaders.augment import DeviceAugment, augment, augment_rows, operations, to_tensors
 from loaders.draw import Draws, draw
 from loaders.errors import UserError, unknown
 from loaders.views import View, ViewSpec
@@ -152,7 +152,7 @@ def real_crops(config: Config, size: int, num_views: int) -> list[list[torch.Ten
     steps = max(1, CACHE_BYTES // (3 * size**2 * config.batch_size * num_views))
     images = min(steps, _num_images(config) // config.batch_size) * config.batch_size
     options = dataclasses.replace(config, device="cpu", images=images, size=size)
-    return [[c.clone() for c in crops] for crops in backend_crops("cpu", options, num_views, 1)(0)]
+    return [[c.clone() for c in crops] for crops in ours("cpu", "crops", options, num_views, 1)(0)]
 
 
 # --- Contestants ------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def rows(work: Work) -> Function:
 
     def step(crops: list[torch.Tensor], draws: list[Draws]) -> list[torch.Tensor]:
         for crop, drawn, out in zip(crops, draws, outs, strict=True):
-            augment_rows(crop, plan(drawn, work.view), work.view, MEAN, STD, range(len(crop)), out)
+            augment_rows(crop, operations(drawn, work.view), work.view, MEAN, STD, range(len(crop)), out)
         return outs
 
     return work.through(step)

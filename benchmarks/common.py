@@ -36,7 +36,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from loaders.checks import at_least, need
 from loaders.errors import UserError, unknown
+from loaders.machine import usable_cores
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -77,20 +79,17 @@ class Config:
 
     def check(self) -> None:
         """Raise UserError for values that make no sense; settle `device`."""
-        for name in ("images", "batch_size", "repeats", "size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give 1 or more")
-        for name in ("num_views", "workers"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise UserError(f"--{name.replace('_', '-')} needs values of 1 or more")
-        if self.images < self.batch_size:
-            raise UserError(f"--images {self.images} is less than a batch of {self.batch_size}")
+        at_least(self, 1, "images", "batch_size", "repeats", "size")
+        for flag, values in (("--num-views", self.num_views), ("--workers", self.workers)):
+            need(min(values, default=0) >= 1, f"{flag} needs values of 1 or more")
+        need(self.images >= self.batch_size, f"--images {self.images} is less than a batch of {self.batch_size}")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise UserError(f"--device {self.device}: give cpu, cuda or auto")
-        if self.device != "cpu" and not torch.cuda.is_available():
-            raise UserError(f"--device {self.device}: torch sees no CUDA device; use --device cpu")
+        need(self.device.partition(":")[0] in ("cpu", "cuda"), f"--device {self.device}: give cpu, cuda or auto")
+        need(
+            self.device == "cpu" or torch.cuda.is_available(),
+            f"--device {self.device}: torch sees no CUDA device; use --device cpu",
+        )
 
 
 def chosen(names: Iterable[str], config: Config) -> list[str]:
@@ -141,6 +140,14 @@ def synchronize() -> None:
     """Wait for the GPU, if this process uses one."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def drop_cache(*paths: Path) -> None:
+    """Throw files that nobody has mapped out of the system's page cache."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # only clean pages can go
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def timed(function: Callable[[int], object]) -> Callable[[int], Run]:
@@ -363,7 +370,7 @@ def machine() -> dict[str, Any]:
     """CPU, cores, memory, GPU, load and versions."""
     about: dict[str, Any] = {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": None,
         "load": round(os.getloadavg()[0], 2),

@@ -35,7 +35,19 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks import common
-from benchmarks.common import Report, Run, chosen, figure, interleave, not_installed, ratio, shown, spread, timed
+from benchmarks.common import (
+    Report,
+    Run,
+    chosen,
+    drop_cache,
+    figure,
+    interleave,
+    not_installed,
+    ratio,
+    shown,
+    spread,
+    timed,
+)
 from loaders.convert.command import ConvertConfig, convert
 from loaders.errors import UserError
 
@@ -77,14 +89,6 @@ def subset(source: Path, target: Path, num: int) -> list[Path]:
             shutil.copyfile(files[i], path)
         made.append(path)
     return made
-
-
-def forget(paths: Sequence[Path]) -> None:
-    """Throw files out of the page cache."""
-    for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())  # only clean pages can go
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync(path: Path) -> None:
@@ -134,7 +138,7 @@ class Bench:
         def measured(number: int) -> Run:
             run("sync", "-f", self.scratch)  # whatever the one before has left for the disk to do
             if self.config.cold:
-                forget([*self.files, self.file])
+                drop_cache(*self.files, self.file)
             try:
                 return timed(lambda _number: function())(number)
             finally:

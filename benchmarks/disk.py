@@ -13,13 +13,13 @@ file order. On a disk whose own host caches it, these figures say little about o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import itertools
 import mmap
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,10 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.common import Config as Common
-from benchmarks.common import Report, Run, chosen, figure, interleave, main, ratio, shown, spread, timed
+from benchmarks.common import Report, Run, chosen, drop_cache, figure, interleave, main, ratio, shown, spread, timed
 from loaders.beton import Reader
-from loaders.errors import UserError
-from loaders.order import page_order, random_order, sequential
+from loaders.checks import need
+from loaders.order import BatchIds, EpochEnd, Order, page_order, random_order, sequential
 from loaders.read_ahead import ReadAhead
 
 CONTESTANTS = ("random", "random, no read-ahead", "page", "page, no read-ahead", "sequential")
@@ -96,16 +96,6 @@ def mixing(config: Config) -> tuple[list[dict], Table]:
 # --- Disk -------------------------------------------------------------------------------------------------------------
 
 
-def drop_cache(path: Path) -> None:
-    """Make the system forget what it has of a file that nobody has mapped."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-
-
 def cached_share(path: Path) -> float:
     """The part of a file that lies in the system's cache."""
     size = path.stat().st_size
@@ -121,28 +111,21 @@ def cached_share(path: Path) -> float:
     return float((pages & 1).mean())
 
 
-def batches_of(name: str, reader: Reader, config: Config, epoch: int) -> Iterator[np.ndarray]:
-    """The ids that a contestant reads in one round."""
-    options = {"batch_size": config.batch_size, "seed": 0, "epoch": epoch}
-    if name.startswith("random"):
-        batches = random_order(len(reader), **options)
-    elif name.startswith("page"):
-        batches = page_order(reader.page, window=config.page_windows[0], **options)
-    else:
-        batches = sequential(len(reader), config.batch_size)
-    return itertools.islice(batches, config.images // config.batch_size)
-
-
 def read(name: str, config: Config, epoch: int) -> None:
     """Copy the bytes of one round's images out of the file, as the loader's threads do it."""
+    kind, _, without = name.partition(", ")
     with Reader(config.data) as reader, ThreadPoolExecutor(config.workers[0]) as pool:
-        work = ((None, batch) for batch in batches_of(name, reader, config, epoch))
-        options = {"batch_size": config.batch_size, "page_window": config.page_windows[0]}
-        ahead = ReadAhead(reader, name, **options) if name in ("random", "page") else None
-        for _, batch in ahead.through(work) if ahead else work:
-            list(pool.map(lambda i: np.array(reader[i].jpeg), batch.tolist()))
-        if ahead:
-            ahead.close()
+        page_N = reader.page if kind == "page" else None
+        options = {"page_N": page_N, "page_window": config.page_windows[0]}
+        order = Order(len(reader), kind, batch_size=config.batch_size, **options)
+        batches = itertools.islice(order.epoch(epoch), config.images // config.batch_size)
+        work: Iterable[BatchIds | EpochEnd] = (BatchIds(epoch, index_B) for index_B in batches)
+        with contextlib.ExitStack() as stack:
+            if kind != "sequential" and not without:
+                work = stack.enter_context(contextlib.closing(ReadAhead(reader, order))).through(work)
+            for ids in work:
+                if isinstance(ids, BatchIds):
+                    list(pool.map(lambda i: np.array(reader[i].jpeg), ids.index_B.tolist()))
 
 
 def cold(name: str, config: Config) -> Callable[[int], Run]:
@@ -158,8 +141,7 @@ def cold(name: str, config: Config) -> Callable[[int], Run]:
 
 def measure(config: Config) -> Report:
     """How well the orders mix and how fast a cold disk serves them."""
-    if not config.page_windows or min(config.page_windows) < 1:
-        raise UserError("--page-windows needs values of 1 or more")
+    need(min(config.page_windows, default=0) >= 1, "--page-windows needs values of 1 or more")
     rows, mixed = mixing(config)
     with Reader(config.data) as reader:
         config = dataclasses.replace(config, images=min(config.images, len(reader)))

@@ -22,7 +22,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from fastssl.cli import run_command
 from fastssl.config.command_line import parse
 from fastssl.training import bottleneck
 from fastssl.training.trainer import Trainer
-from loaders import Batch, Loader
+from loaders import Loader
 from loaders.errors import UserError, unknown
 
 LEAST_SHARE = 0.98  # of the speed on synthetic views
@@ -68,20 +67,12 @@ class Config:
                 raise unknown("peer", name, PEERS)
 
 
-def endless(loader: Loader) -> Iterator[Batch]:
-    """The loader's batches, epoch after epoch."""
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch, ahead=True)
-        epoch += 1
-
-
 class Own:
     """The trainer on a loader's batches. `warm` steps go before each block."""
 
     def __init__(self, trainer: Trainer, loader: Loader, clock: bottleneck.StepClock):
         self.trainer, self.clock, self.num_views = trainer, clock, trainer.spec.K
-        self.batches, self.warm = endless(loader), len(loader.slots) + 1
+        self.batches, self.warm = loader.endless(), loader.num_slots + 1
 
     def begin(self) -> None:
         pass
@@ -148,7 +139,7 @@ def measure(config: Config, trainer: Trainer) -> Report:
         batch_size=loader.batch_size,
         device=trainer.device,
         backend="synthetic",
-        prefetch=len(loader.slots) - 1,
+        prefetch=loader.num_slots - 1,
         dtype=loader.dtype,
     )
     clock = bottleneck.StepClock(trainer.device)

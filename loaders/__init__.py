@@ -18,14 +18,14 @@ from loaders.errors import UserError
 if TYPE_CHECKING:
     from loaders import beton, views
     from loaders.loader import Batch, Loader
-    from loaders.loader import open_loader as open
+    from loaders.loader import Loader as open
     from loaders.views import ViewSpec
 
 __version__ = "0.2.0"  # of the distribution; the only place that states it
 
 __all__ = ["Batch", "Loader", "UserError", "ViewSpec", "__version__", "beton", "open", "views"]
 
-_LAZY = {"Batch": "loader.Batch", "Loader": "loader.Loader", "ViewSpec": "views.ViewSpec", "open": "loader.open_loader"}
+_LAZY = {"Batch": "loader.Batch", "Loader": "loader.Loader", "ViewSpec": "views.ViewSpec", "open": "loader.Loader"}
 
 
 def __getattr__(name: str) -> object:

@@ -20,7 +20,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -130,7 +130,7 @@ class Reader:
             raise UserError(f"{self.path} cannot be read: {e.strerror or e}") from None
         self._bytes: np.ndarray | None = np.frombuffer(self._map, np.uint8)
 
-    def _parse(self, file) -> None:
+    def _parse(self, file: BinaryIO) -> None:
         """Read everything but the pages, and check that all of it fits the file."""
         end = os.fstat(file.fileno()).st_size
         header, type_ids = self._parse_head(file, end)
@@ -161,7 +161,7 @@ class Reader:
         self.size = _sizes(self.pointer, np.fromfile(file, _ALLOCATION))
         self._check_blobs(records_end, table_start)
 
-    def _parse_head(self, file, end: int) -> tuple[np.void, list[int]]:
+    def _parse_head(self, file: BinaryIO, end: int) -> tuple[np.void, list[int]]:
         """Header and field descriptors -> (header, type of each field); sets `fields` and `page_size`."""
         if end == 0:
             raise UserError(f"{self.path} is empty; convert it again")
@@ -281,10 +281,10 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Reader], tuple[Path]]:
         return Reader, (self.path,)
 
     def __repr__(self) -> str:
@@ -333,7 +333,7 @@ class Writer:
         self._at = self._first_page  # where the next blob goes
         self._num = 0
         self._partial = partial_path(self.path)
-        self._fd: int | None = _create_locked(self._partial)
+        self._fd = _create_locked(self._partial)  # -1: closed
         try:
             self._write_head(alloc_table_ptr=0)
         except BaseException:  # the caller has nothing to close yet
@@ -364,15 +364,15 @@ class Writer:
         start = self._at
         try:
             for blob, height, width, label, mode in samples:
-                blob = memoryview(blob).cast("B")
-                size = len(blob)
+                view = (blob.data if isinstance(blob, np.ndarray) else memoryview(blob)).cast("B")
+                size = len(view)
                 self._check(size, height, width, mode)
                 room = self.page_size - self._at % self.page_size
                 if size > room:  # never across a page; the tail becomes zeros
                     self._write(blobs, start)
                     start = self._at = self._at + room
                     blobs = []
-                blobs.append(blob)
+                blobs.append(view)
                 self._records[self._num] = ((mode, width, height, self._at), label)
                 self._table[self._num] = (self._num, self._at, size)
                 self._at += size
@@ -395,7 +395,7 @@ class Writer:
 
     def commit(self) -> None:
         """Write records and table, then the header that makes the file valid, and give it its name."""
-        if self._fd is None:
+        if self._fd < 0:
             raise ValueError(f"{self.path}: already closed")
         if self._num == 0:
             self.abort()
@@ -410,22 +410,22 @@ class Writer:
             self.abort()
             raise
         os.close(self._fd)
-        self._fd = None
+        self._fd = -1
 
     close = commit
 
     def flush(self) -> None:
         """Bring all of the file but its header to the disk; `commit` is then quick."""
-        self._write([memoryview(self._table[: self._num]).cast("B")], self._table_start)
+        self._write([self._table[: self._num].data.cast("B")], self._table_start)
         records_start = _HEADER.itemsize + self._descriptors.nbytes
-        self._write([memoryview(self._records[: self._num]).cast("B")], records_start)
+        self._write([self._records[: self._num].data.cast("B")], records_start)
         os.fsync(self._fd)
 
     def abort(self) -> None:
         """Remove the unfinished file; nothing happens after `commit`."""
-        if self._fd is None:
+        if self._fd < 0:
             return
-        fd, self._fd = self._fd, None
+        fd, self._fd = self._fd, -1
         with contextlib.suppress(OSError):
             self._partial.unlink()
         with contextlib.suppress(OSError):
@@ -434,10 +434,10 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, exc_type, *exc) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
         if exc_type is not None:
             self.abort()
-        elif self._fd is not None:
+        elif self._fd >= 0:
             self.commit()
 
     def _write_head(self, alloc_table_ptr: int) -> None:

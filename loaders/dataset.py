@@ -30,8 +30,10 @@ class Readers:
         self.paths = tuple(path for r in self.readers for path in r.paths)
         self.path = f"{self.paths[0]} ... {self.paths[-1]}"
         self._starts = [0, *itertools.accumulate(map(len, self.readers))]
-        for name in ("height", "width", "mode", "size"):
-            setattr(self, name, np.concatenate([getattr(r, name) for r in self.readers]))
+        self.height = np.concatenate([r.height for r in self.readers])
+        self.width = np.concatenate([r.width for r in self.readers])
+        self.mode = np.concatenate([r.mode for r in self.readers])
+        self.size = np.concatenate([r.size for r in self.readers])
         self.classes, self.label = _common_labels(self.readers)
 
     @property
@@ -61,7 +63,7 @@ class Readers:
         return reader.path, number
 
     def will_need(self, index_B: np.ndarray, *, whole_pages: bool = False) -> None:
-        """As `Reader.will_need`."""
+        """Ask the system to read these blobs ahead, as `Reader.will_need` does."""
         file_B = np.searchsorted(self._starts, index_B, side="right") - 1
         for file in np.unique(file_B):
             self.readers[file].will_need(index_B[file_B == file] - self._starts[file], whole_pages=whole_pages)
@@ -77,7 +79,7 @@ class Readers:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Readers], tuple[tuple[Reader, ...]]]:
         return Readers, (self.readers,)
 
     def __repr__(self) -> str:
@@ -86,8 +88,8 @@ class Readers:
 
 def _common_labels(readers: Sequence[Reader]) -> tuple[list[str] | None, np.ndarray]:
     """One list of class names and the labels in it; (None, labels as stored) where a file has no names."""
-    tables = [r.classes for r in readers]
-    if any(t is None for t in tables):
+    tables = [t for t in (r.classes for r in readers) if t is not None]
+    if len(tables) < len(readers):
         return None, np.concatenate([r.label for r in readers])
     classes = tables[0] if all(t == tables[0] for t in tables) else sorted(set().union(*tables))
     number = {name: i for i, name in enumerate(classes)}
@@ -101,7 +103,10 @@ def _common_labels(readers: Sequence[Reader]) -> tuple[list[str] | None, np.ndar
     return classes, np.concatenate(labels)
 
 
-def open_data(data: str | os.PathLike) -> Reader | Readers:
+Dataset = Reader | Readers
+
+
+def open_data(data: str | os.PathLike) -> Dataset:
     """The files that `data` names: one path, several with commas between them, braces as in `part-{00..15}.beton`.
 
     Raises UserError for files that cannot be used, and for one that is named twice.

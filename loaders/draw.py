@@ -63,7 +63,7 @@ class Draws:
 
 
 def philox(
-    counter: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], key: tuple[int, int]
+    counter: tuple[np.ndarray, np.ndarray, np.ndarray | int, np.ndarray | int], key: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Philox4x32-10: four independent uniform uint32 words per counter.
 
@@ -81,14 +81,13 @@ def philox(
         c3 = product0 & _LOW
         k0 = (k0 + _WEYL[0]) & 0xFFFFFFFF
         k1 = (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return tuple(word.astype(np.uint32) for word in (c0, c1, c2, c3))
+    return c0.astype(np.uint32), c1.astype(np.uint32), c2.astype(np.uint32), c3.astype(np.uint32)
 
 
 def draw(
     spec: ViewSpec, *, seed: int, epoch: int, index_B: np.ndarray, height_B: np.ndarray, width_B: np.ndarray
 ) -> list[Draws]:
-    """Parameters of the K views of a batch; `index_B` are sample ids, `height_B` and `width_B` their size in
-    pixels.
+    """Parameters of the K views of a batch; `index_B` are sample ids, `height_B` and `width_B` sizes in pixels.
 
     Raises UserError if seed or epoch is outside [0, 2**32).
     """
@@ -133,7 +132,7 @@ def _draw_view(view: View, words: list[np.ndarray], height_B: np.ndarray, width_
             flip_B=np.zeros(B, dtype=bool),
             jitter_B=np.zeros(B, dtype=bool),
             order_B4=np.tile(ORDERS[0], (B, 1)),
-            factor_B4=np.tile(np.float32([1, 1, 1, 0]), (B, 1)),
+            factor_B4=np.tile(np.array([1, 1, 1, 0], np.float32), (B, 1)),
             gray_B=np.zeros(B, dtype=bool),
             sigma_B=np.zeros(B, dtype=np.float32),
             solarize_B=np.zeros(B, dtype=bool),
@@ -200,7 +199,6 @@ def _between(word: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + (high - low) * _unit(word)
 
 
-def _below(word: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Whole number in [0, n), n as uint64; its bias, below n / 2**32, is far under anything a crop could
-    show."""
+def _below(word: np.ndarray, n: np.ndarray | np.uint64) -> np.ndarray:
+    """Whole number in [0, n), n as uint64. Its bias, below n / 2**32, is far under anything a crop could show."""
     return ((word.astype(np.uint64) * n) >> _SHIFT).astype(np.int64)

@@ -11,10 +11,9 @@ What a run does besides (start, checkpoints, kNN monitor) is timed once and coun
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -96,7 +95,7 @@ class Bench:
         self.trainer = Trainer(config, Console(quiet=True))
         self.loader, self.cuda = self.trainer.loader, self.trainer.device.type == "cuda"
         self.images = self.loader.batch_size
-        self.batches = self._endless()
+        self.batches = self.loader.endless()
         self.batch = next(self.batches)  # until the next one is asked for
         self.memory = self._first_step()
         self.wait()
@@ -104,10 +103,6 @@ class Bench:
         self._step(self.batch)
         self.wait()
         self.start = 2 * first - start - time.perf_counter()  # the first step, which compiles, less an ordinary one
-
-    def _endless(self) -> Iterator[Batch]:
-        for epoch in itertools.count():
-            yield from self.loader.epoch(epoch, ahead=True)
 
     @property
     def _progress(self) -> Progress:
@@ -131,7 +126,7 @@ class Bench:
 
     def loader_alone(self) -> tuple[Range, dict[str, float]]:
         """Seconds per batch, and milliseconds per image of the loader's stages."""
-        for _ in self.loader.slots:  # what was prepared beforehand
+        for _ in range(self.loader.num_slots):  # what was prepared beforehand
             next(self.batches)
         before = self.loader.stats.snapshot()
         seconds = timed(lambda: next(self.batches), self.wait, PART_SECONDS)
@@ -146,7 +141,7 @@ class Bench:
     def loop(self, *, ahead: bool = True) -> tuple[Range, bottleneck.Report]:
         """Seconds per step of the training loop, and where they went. `ahead`: the loader is slow enough for batches
         that were prepared beforehand to matter."""
-        for _ in range(len(self.loader.slots) + 1 if ahead else 1):
+        for _ in range(self.loader.num_slots + 1 if ahead else 1):
             self._step(next(self.batches))
         self.wait()
         clock, steps = bottleneck.StepClock(self.trainer.device), 0

@@ -80,16 +80,15 @@ def measured_step(
     optimiser = _bytes(_tensors(step.optimizer.state))
     # The first step makes the optimiser's state at its end, the others have it all the time.
     peak = torch.cuda.max_memory_allocated(step.device) + optimiser - before if on_gpu else None
-    slots = loader.slots if loader else []
-    batches = 1 if loader is None or loader.late else len(slots)
+    held = loader.memory() if loader else None
     return result, Parts(
         weights=_bytes([*method.parameters(), *method.buffers()]) - apart,
         momentum=apart,
         gradients=_bytes(p for p in method.parameters() if p.requires_grad),
         optimiser=optimiser,
         activations=activations.peak,
-        views=_bytes(views) * max(1, batches),
-        loader=_bytes(crop for slot in slots for crop in slot.crops) + _decoded(loader),
+        views=_bytes(views) * (held.batches if held else 1),
+        loader=held.crops + held.decoded if held else 0,
         peak=peak,
     )
 
@@ -143,12 +142,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _tensors(state: dict) -> Iterable[Tensor]:
     """Those of an optimiser."""
     return (value for values in state.values() for value in values.values() if isinstance(value, Tensor))
-
-
-def _decoded(loader: Loader | None) -> int:
-    """Images that the loader has decoded beforehand."""
-    pixels = getattr(loader.backend, "pixels_P3", None) if loader else None
-    return 0 if pixels is None else _bytes([pixels])
 
 
 def peak_host_memory() -> int:

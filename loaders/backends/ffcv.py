@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from loaders.backends import cpu
-from loaders.beton import MODE_JPEG, Reader, Sample
+from loaders.beton import MODE_JPEG, Sample
 from loaders.convert.images import jpeg_head
-from loaders.dataset import Readers
+from loaders.dataset import Dataset
 from loaders.views import ViewSpec
 
 
@@ -36,13 +36,13 @@ def _imdecode() -> Callable[..., int]:
 
 
 class Backend(cpu.Backend):
-    """See the package's docstring for the protocol."""
+    """The CPU backend with FFCV's decoder."""
 
     name = "ffcv"
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
-        """It needs ffcv, and ffcv the system's OpenCV and TurboJPEG."""
+        """The reason why ffcv, or the system's OpenCV and TurboJPEG that it needs, cannot be used."""
         del device
         try:
             _imdecode()
@@ -54,12 +54,12 @@ class Backend(cpu.Backend):
             )
         return None
 
-    def __init__(self, reader: Reader | Readers, spec: ViewSpec, **options: Any):
+    def __init__(self, reader: Dataset, spec: ViewSpec, **options: Any):
         self.imdecode = _imdecode()
         super().__init__(reader, spec, **options)
 
     def decode(self, sample: Sample) -> np.ndarray:
-        """As `cpu.decode`, errors included, with FFCV's pixels."""
+        """The pixels as FFCV decodes them; raises ValueError where `cpu.decode` does."""
         data, height, width = sample.jpeg, sample.height, sample.width
         head = jpeg_head(data.tobytes()) if sample.mode == MODE_JPEG else None
         # FFCV would scale a picture of another size than the record's, without a word.

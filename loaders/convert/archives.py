@@ -21,13 +21,20 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from loaders.errors import UserError
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 __all__ = ["Container", "Folder", "Member", "Tar", "Zip", "open_container"]
 
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 
 
 class Member(NamedTuple):
@@ -83,10 +90,10 @@ def open_container(path: Path, scratch: Path | None = None) -> Container:
     for magic, opener in _COMPRESSED.items():
         if start.startswith(magic):
             return Tar(path, _unpacked(path, opener, scratch))
+    if not any(start):  # zeros: a tar without members
+        raise UserError(f"{path} is an archive without files; name an image folder or an archive")
     try:
         tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError:  # zeros: a tar without members
-        raise UserError(f"{path} is an archive without files; name an image folder or an archive") from None
     except tarfile.HeaderError:
         raise UserError(
             f"{path} is no archive that can be read (tar, compressed tar, zip); name an image folder or an archive"
@@ -184,7 +191,7 @@ class Tar(Container):
         self._file.close()
 
 
-def _unpacked(path: Path, opener: Callable[[Path, str], BinaryIO], scratch: Path | None) -> BinaryIO:
+def _unpacked(path: Path, opener: Callable[..., Any], scratch: Path | None) -> BinaryIO:
     """What a compressed file holds, in a file without a name. OSError if the disk of `scratch` is full."""
     file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - open as long as the container
     try:
@@ -199,27 +206,27 @@ def _unpacked(path: Path, opener: Callable[[Path, str], BinaryIO], scratch: Path
     return file
 
 
-def _tar_members(file, prefix: str) -> Iterator[Member]:
-    """Regular files of the tar that `file` holds; offsets within `file`'s outermost stream."""
-    base = file.base if isinstance(file, _Window) else 0
+def _tar_members(file: BinaryIO, prefix: str, base: int = 0) -> Iterator[Member]:
+    """Regular files of the tar that `file` holds, which begins at `base` of the outermost file; offsets there."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (info := tar.next()) is not None:
-            tar.members.clear()  # the list of a million members would take a gigabyte
+            # The list of a million members would take a gigabyte. It is public, but typeshed does not know it.
+            tar.members.clear()  # type: ignore[attr-defined]
             path = prefix + _clean(info.name)
             if not info.isreg() or info.sparse is not None or _hidden(path):
                 continue
             if path.lower().endswith(".tar"):
-                yield from _tar_members(_Window(file, info.offset_data, info.size), path[: -len(".tar")] + "/")
+                inner = io.BufferedReader(_Window(file, info.offset_data, info.size))
+                yield from _tar_members(inner, path[: -len(".tar")] + "/", base + info.offset_data)
             else:
                 yield Member(path, base + info.offset_data, info.size)
 
 
 class _Window(io.RawIOBase):
-    """Part of a seekable file as a file of its own. `base`: where it starts in the outermost one."""
+    """Part of a seekable file as a file of its own."""
 
-    def __init__(self, file, offset: int, size: int):
+    def __init__(self, file: BinaryIO, offset: int, size: int):
         self._file, self._offset, self._size, self._at = file, offset, size, 0
-        self.base = offset + (file.base if isinstance(file, _Window) else 0)
 
     def readable(self) -> bool:
         return True
@@ -234,12 +241,13 @@ class _Window(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
-    def read(self, size: int = -1) -> bytes:
-        room = max(0, self._size - self._at)
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer)
         self._file.seek(self._offset + self._at)
-        content = self._file.read(room if size is None or size < 0 else min(size, room))
+        content = self._file.read(min(len(view), max(0, self._size - self._at)))
+        view[: len(content)] = content
         self._at += len(content)
-        return content
+        return len(content)
 
 
 class Zip(Container):

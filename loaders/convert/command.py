@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ from loaders.convert.images import MAX_JPEG_SIDE, BadImage, Stored, store
 from loaders.convert.sources import Source, open_source
 from loaders.draw import permutation
 from loaders.errors import UserError
+from loaders.machine import usable_cores
 
 if TYPE_CHECKING:  # rich is imported where something is shown: `--help` does without
     from rich.table import Table
@@ -253,7 +254,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 def _process(
     source: Source, indices: list[int], sizes: Sequence[int], page_size: int, config: ConvertConfig
-) -> Iterator[list[Done | Skipped]]:
+) -> Generator[list[Done | Skipped], None, None]:
     """Read and prepare the images on threads; yields them in order, a bounded number ahead.
 
     What was yielded is valid until the next: the memory is used again. New memory for every image would cost more
@@ -263,11 +264,13 @@ def _process(
 
     def task(chunk: list[int]) -> tuple[list[Done | Skipped], memoryview]:
         buffer = spare.pop() if spare else memoryview(bytearray(CHUNK_BYTES))
-        items, used = [], 0
+        items: list[Done | Skipped] = []
+        used = 0
         for i in chunk:
-            items.append(prepare(i, buffer[used:]))
-            if isinstance(items[-1], Done) and isinstance(items[-1].stored.blob, memoryview):
-                used += len(items[-1].stored.blob)
+            item = prepare(i, buffer[used:])
+            items.append(item)
+            if isinstance(item, Done) and isinstance(item.stored.blob, memoryview):
+                used += len(item.stored.blob)
         return items, buffer
 
     def prepare(i: int, buffer: memoryview) -> Done | Skipped:
@@ -287,7 +290,7 @@ def _process(
         return Done(stored, label, 0 if isinstance(data, Image.Image) else len(data))
 
     decodes = config.verify or config.max_side is not None
-    workers = config.workers or (len(os.sched_getaffinity(0)) if decodes else READERS)
+    workers = config.workers or (usable_cores() if decodes else READERS)
     pool = ThreadPoolExecutor(workers, "convert")
     pending: deque[Future] = deque()
     try:
@@ -304,7 +307,8 @@ def _process(
 
 
 def _chunks(indices: list[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    chunk, size = [], 0
+    chunk: list[int] = []
+    size = 0
     for i in indices:
         if chunk and (len(chunk) == CHUNK_IMAGES or size + sizes[i] > CHUNK_BYTES):
             yield chunk

@@ -122,7 +122,7 @@ def _orientation(tiff: bytes) -> int:
 
 
 def is_image(head: bytes) -> bool:
-    """Whether a file that begins with these (at least 16) bytes is in one of the formats of `store`."""
+    """Say if a file that begins with these (at least 16) bytes is in one of the formats of `store`."""
     return (
         head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
@@ -158,7 +158,7 @@ def store(
 
 
 def _keep(data: bytes | memoryview, head: JpegHead, verify: bool) -> bool:
-    """Whether a plain JPEG may be stored as it is; raises BadImage if it is not whole.
+    """Say if a plain JPEG may be stored unchanged; raises BadImage if it is not whole.
 
     Without `verify` its end tells whether it is; what does not end as a JPEG does (bytes behind the end, or cut off) is
     decoded.
@@ -186,7 +186,7 @@ def _load(data: bytes | memoryview, max_side: int | None = None) -> tuple[Image.
         image = Image.open(io.BytesIO(data), formats=_formats())
         if max_side is not None and max(image.size) > max_side:
             size = _fitted(image.size, max_side)
-            reduced = image.draft(None, tuple(DRAFT * side for side in size))  # None for other formats
+            reduced = image.draft(None, (DRAFT * size[0], DRAFT * size[1]))  # None for other formats
         image.load()
     except UnidentifiedImageError:
         raise BadImage("not an image in a known format, or its beginning is damaged") from None

@@ -31,7 +31,7 @@ class Source:
     """Labelled images. `classes` is empty where there are no labels (all are then 0).
 
     ignored: files that are no images. unusable: (name, reason) of images that have no place in the data set.
-    sizes: bytes of each file, zeros where not known. `read` is safe from many threads, in any order.
+    `read` is safe from many threads, in any order.
     """
 
     classes: list[str] = []
@@ -43,7 +43,8 @@ class Source:
 
     @property
     def sizes(self) -> Sequence[int]:
-        return np.zeros(len(self), np.int64)
+        """Bytes of each file, 0 where not known."""
+        return [0] * len(self)
 
     def name(self, i: int) -> str:
         """What to call image i in the list of skipped files."""
@@ -59,7 +60,7 @@ class Source:
     def subset(self, num: int) -> Sequence[int]:
         """`num` ascending indices spread evenly: the first ones would all be of one class."""
         num = min(num, len(self))
-        return np.arange(num) * len(self) // max(1, num)
+        return (np.arange(num) * len(self) // max(1, num)).tolist()
 
     def close(self) -> None:
         pass
@@ -180,7 +181,7 @@ class FileSource(Source):
 
     def _folder_labels(self, names: list[str]) -> list[int]:
         """The first folder of each path names the class; sets `classes`. -1: an image outside of all classes."""
-        classes = sorted({_top(name) for name in names} - {None})
+        classes = sorted({top for top in map(_top, names) if top is not None})
         splits = [name for name in classes if name.lower() in SPLITS]
         if len(splits) > 1:
             raise UserError(
@@ -190,7 +191,7 @@ class FileSource(Source):
         if not classes:
             return [0] * len(names)
         self.classes = classes
-        label_of = {name: i for i, name in enumerate(classes)} | {None: -1}
+        label_of: dict[str | None, int] = {None: -1} | {name: i for i, name in enumerate(classes)}
         labels = [label_of[_top(name)] for name in names]
         beside = "lies beside the class folders, so it has no class"
         self.unusable += [(self.name(i), beside) for i, label in enumerate(labels) if label < 0]
@@ -234,13 +235,13 @@ def _key(path: str) -> str:
 
 
 def _text(container: Container, member: Member) -> str:
-    return container.read(member, 1024).decode("utf-8", "replace").strip()
+    return bytes(container.read(member, 1024)).decode("utf-8", "replace").strip()
 
 
 def _sniffed(container: Container, member: Member) -> bool:
-    """Whether a file that is not called an image is one."""
+    """Say if a file that is not called an image is one."""
     try:
-        return member.size > SNIFF and is_image(container.read(member, SNIFF))
+        return member.size > SNIFF and is_image(bytes(container.read(member, SNIFF)))
     except OSError:
         return False
 

@@ -8,7 +8,7 @@ import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -104,7 +104,7 @@ def classes(data: Any) -> list[str]:
     return [name if isinstance(name, str) else str(name[0]) for name in names]
 
 
-def _is_list(value: Any, length: int) -> bool:
+def _is_list(value: Any, length: int) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, (list, tuple)) and len(value) == length > 0
 
 

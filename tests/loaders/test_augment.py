@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-import loaders.augment
-from loaders.augment import DeviceAugment, augment, augment_rows, divide, plan, to_tensors
+import loaders.augment.rows
+from loaders.augment import DeviceAugment, augment, augment_rows, divide, operations, to_tensors
 from loaders.draw import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, Draws, draw
 from loaders.views import IMAGENET_MEAN, IMAGENET_STD, View, ViewSpec, byol, evaluation, multicrop, simsiam
 
@@ -77,7 +77,7 @@ def in_batch(crops, draws, view, mean, std, dtype=torch.float32):
 
 def in_rows(crops, draws, view, mean, std, dtype=torch.float32):
     out = torch.full_like(crops, math.nan, dtype=dtype, memory_format=torch.channels_last)
-    augment_rows(crops, plan(draws, view), view, mean, std, range(len(crops)), out)
+    augment_rows(crops, operations(draws, view), view, mean, std, range(len(crops)), out)
     return out
 
 
@@ -298,7 +298,7 @@ def test_rows_may_be_written_anywhere_and_crops_may_lie_anyhow():
     view = dataclasses.replace(EVERYTHING, size=20)
     expected = in_rows(crops, draws, view, **PLAIN)
     planar = torch.zeros(crops.shape)
-    augment_rows(crops.contiguous(), plan(draws, view), view, *PLAIN.values(), range(len(crops)), planar)
+    augment_rows(crops.contiguous(), operations(draws, view), view, *PLAIN.values(), range(len(crops)), planar)
     assert torch.equal(planar, expected)
 
 
@@ -307,7 +307,7 @@ def test_only_the_rows_asked_for_are_written():
     out = torch.full(crops.shape, 7.0).contiguous(memory_format=torch.channels_last)
     augment_rows(
         crops,
-        plan(draws_for(len(crops)), EVERYTHING),
+        operations(draws_for(len(crops)), EVERYTHING),
         dataclasses.replace(EVERYTHING, size=16),
         *PLAIN.values(),
         [1, 3],
@@ -347,7 +347,7 @@ def test_rows_write_their_tiles(n, dtype):
     out = torch.full_like(crops, 7, dtype=dtype, memory_format=torch.channels_last)
     memory = torch.full((n * n * 8, 12 // n, 12 // n, 3), 7, dtype=dtype).permute(0, 3, 1, 2)
     tiles = memory[: n * n * num]
-    augment_rows(crops, plan(draws, view), view, *PLAIN.values(), [1, 2, 4], out, tiles)
+    augment_rows(crops, operations(draws, view), view, *PLAIN.values(), [1, 2, 4], out, tiles)
     assert torch.equal(out[[1, 2, 4]], in_rows(crops, draws, view, *PLAIN.values(), dtype)[[1, 2, 4]])
     assert torch.equal(tiles, divide(out, n))  # rows 0 and 3 are 7 in both
     assert (memory[n * n * num :] == 7).all()
@@ -373,20 +373,20 @@ def test_rows_do_not_depend_on_each_other(many):
     out = torch.full_like(expected, math.nan)
     rows = np.random.default_rng(0).permutation(len(crops))
     for part in np.array_split(rows, 40):
-        augment_rows(crops, plan(draws, view), view, *PLAIN.values(), part, out)
+        augment_rows(crops, operations(draws, view), view, *PLAIN.values(), part, out)
     assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("alone_below", [0, 128])
 def test_threads_do_not_disturb_each_other(many, alone_below, monkeypatch):
     """All at once, as large views are made, and in turn."""
-    monkeypatch.setattr(loaders.augment, "_ALONE_BELOW", alone_below)
+    monkeypatch.setattr(loaders.augment.rows, "_ALONE_BELOW", alone_below)
     crops, draws, view = many
     expected = in_rows(crops, draws, view, **PLAIN)
     out = torch.full_like(expected, math.nan)
 
     def work(rows):
-        augment_rows(crops, plan(draws, view), view, *PLAIN.values(), rows, out)
+        augment_rows(crops, operations(draws, view), view, *PLAIN.values(), rows, out)
 
     with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(work, np.array_split(np.arange(len(crops)), 30)))

@@ -21,7 +21,6 @@ from loaders.backends import cpu  # noqa: E402
 from loaders.backends import dali as backend_module  # noqa: E402
 from loaders.backends.dali import Backend  # noqa: E402
 from loaders.beton import MODE_RAW, Reader, Writer  # noqa: E402
-from loaders.draw import draw  # noqa: E402
 from loaders.job import BadSample, Job  # noqa: E402
 from loaders.stats import Stats  # noqa: E402
 from loaders.views import View  # noqa: E402
@@ -34,11 +33,8 @@ SPEC = ViewSpec((View(64), View(40, interpolation="bicubic"), View(24, scale=(0.
 
 def make_job(backend: Backend, index: list[int], epoch: int = 0, on_bad_sample: str = "raise") -> Job:
     """Job over the samples of `index`, with the draws of (0, epoch)."""
-    reader, index_B = backend.reader, np.array(index)
-    sides = {"height_B": reader.height[index_B], "width_B": reader.width[index_B]}
-    draws = draw(backend.spec, seed=0, epoch=epoch, index_B=index_B, **sides)
-    label_B = np.array(reader.label[index_B])
-    return Job(reader, backend.spec, 0, epoch, index_B, label_B, draws, [], backend.stats, on_bad_sample)
+    options = {"epoch": epoch, "on_bad_sample": on_bad_sample}
+    return Job(backend.reader, backend.spec, np.array(index), [], backend.stats, **options)
 
 
 def open_backend(path: Path, spec: ViewSpec = SPEC, batch_size: int = 8, device: torch.device = CPU) -> Backend:
@@ -64,7 +60,7 @@ def gpu_backend(beton: Path) -> Iterator[Backend]:
 
 def crops_of(backend: Backend, job: Job) -> list[torch.Tensor]:
     """The job's crops, made by themselves, on the host."""
-    alone = dataclasses.replace(job, index_B=job.index_B.copy(), draws=[dataclasses.replace(d) for d in job.draws])
+    alone = dataclasses.replace(job)
     backend.start(alone).wait()
     return [c.cpu().clone() for c in alone.crops]
 

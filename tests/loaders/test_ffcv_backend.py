@@ -17,7 +17,6 @@ from loaders import UserError, backends
 from loaders.backends import cpu
 from loaders.backends.ffcv import Backend
 from loaders.beton import MODE_RAW, Reader, Sample, Writer
-from loaders.draw import draw
 from loaders.job import Job
 from loaders.stats import Stats
 from loaders.views import evaluation
@@ -61,22 +60,12 @@ def test_pixels_are_those_of_ffcvs_own_loader(tmp_path: Path) -> None:
     torch.set_num_threads(threads)
 
     backend, index = open_backend(path, size, num), np.arange(num)
-    reader, spec = backend.reader, backend.spec
-    job = Job(
-        reader=reader,
-        spec=spec,
-        seed=0,
-        epoch=0,
-        index_B=index,
-        label_B=reader.label[index],
-        draws=draw(spec, seed=0, epoch=0, index_B=index, height_B=reader.height, width_B=reader.width),
-        crops=[torch.empty(num, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)],
-        stats=backend.stats,
-    )
+    crops = [torch.empty(num, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)]
+    job = Job(backend.reader, backend.spec, index, crops, backend.stats)
     backend.start(job).wait()
     backend.close()
     np.testing.assert_array_equal(job.crops[0].permute(0, 2, 3, 1), np.concatenate(theirs))
-    jpeg = cpu.decode(reader[0])
+    jpeg = cpu.decode(backend.reader[0])
     assert (theirs[0][0] != jpeg).any()  # the other decoder's pixels are others
 
 

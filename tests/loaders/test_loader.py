@@ -80,7 +80,7 @@ def test_the_next_epoch_is_made_ahead_and_is_the_same(beton: Path) -> None:
             threads, seen = set(), []
             for epoch in range(4):
                 seen += [(b.index.tolist(), b.views[2].clone()) for b in loader.epoch(epoch, ahead=ahead and epoch < 3)]
-                threads.add(loader._feed.thread)
+                threads.add(loader.producer.thread)
             assert len(threads) == (1 if ahead else 4)
             return seen
 
@@ -301,4 +301,4 @@ def test_views_made_late_are_the_same_and_alone(beton: Path) -> None:
                 assert all(torch.equal(v[row], w) for v, w in zip(batch.views, ahead[i], strict=True))
         views = 2 * 4 * 3 * 96 * 96 * 4
         assert torch.cuda.max_memory_allocated() - before < 6 * views  # with what is in between
-        assert batch.views is None
+        assert not batch.views
