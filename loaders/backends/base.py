@@ -73,6 +73,10 @@ class Backend:
     ):
         self.reader, self.spec, self.batch_size, self.device, self.stats = reader, spec, batch_size, device, stats
         self.workers = workers or default_workers(device)
+        self.setup()
+
+    def setup(self) -> None:
+        """Start what the work needs: threads, memory. Raises UserError where that is not to be had."""
 
     def start(self, job: Job) -> Pending:
         """Begin the work for one batch and return at once."""

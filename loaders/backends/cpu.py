@@ -19,11 +19,8 @@ import torch
 from loaders import jpeg
 from loaders.backends import base
 from loaders.beton import MODE_RAW, Sample
-from loaders.dataset import Dataset
 from loaders.job import Job
 from loaders.machine import thread_pool
-from loaders.stats import Stats
-from loaders.views import ViewSpec
 
 # Straight to the operators: the public wrappers allocate a result and cost 60 % more time per crop than `out=`.
 RESIZE: dict[str, Callable[..., torch.Tensor]] = {
@@ -76,21 +73,11 @@ class Backend(base.Backend):
     name = "cpu"
     augments = True  # while the crop is in the core's cache
 
-    def __init__(
-        self,
-        reader: Dataset,
-        spec: ViewSpec,
-        *,
-        batch_size: int,
-        device: torch.device,
-        workers: int | None = None,
-        stats: Stats,
-    ):
-        super().__init__(reader, spec, batch_size=batch_size, device=device, workers=workers, stats=stats)
+    def setup(self) -> None:
         self.device = torch.device("cpu")
         # Small enough that the last chunk does not keep the other threads waiting, large enough that handing
         # out work stays far below the work.
-        self.chunk = max(1, min(8, batch_size // (4 * self.workers)))
+        self.chunk = max(1, min(8, self.batch_size // (4 * self.workers)))
         self.pool = thread_pool(self.workers, "decode")
 
     def start(self, job: Job) -> base.Pending:

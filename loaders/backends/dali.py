@@ -25,11 +25,8 @@ import torch
 from loaders.backends import base
 from loaders.backends.cpu import decode
 from loaders.beton import MODE_RAW, Sample
-from loaders.dataset import Dataset
 from loaders.errors import UserError
 from loaders.job import Job
-from loaders.stats import Stats
-from loaders.views import ViewSpec
 
 _PACKAGES = "pip install nvidia-dali-cuda130 (nvidia-dali-cuda120 for drivers before 580)"
 _OLDEST = (2, 2)  # `decoders.image` has `adjust_orientation`, which 1.42 had not
@@ -133,26 +130,15 @@ class Backend(base.Backend):
             return "PyTorch finds no CUDA device: use --device cpu"
         return None
 
-    def __init__(
-        self,
-        reader: Dataset,
-        spec: ViewSpec,
-        *,
-        batch_size: int,
-        device: torch.device,
-        workers: int | None = None,
-        stats: Stats,
-    ):
-        super().__init__(reader, spec, batch_size=batch_size, device=device, workers=workers, stats=stats)
-        if device.type == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self.device = device
+    def setup(self) -> None:
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.scheduled: deque[Scheduled] = deque()
         try:
-            self.pipeline = self._build(batch_size)
+            self.pipeline = self._build(self.batch_size)
         except RuntimeError as error:  # an old driver, no room on the device, a library that is not there
             reason = " ".join(str(error).split())
-            raise UserError(f"DALI does not start on {device}, use --backend cpu: {reason}") from error
+            raise UserError(f"DALI does not start on {self.device}, use --backend cpu: {reason}") from error
 
     def _build(self, batch_size: int) -> Any:
         from nvidia.dali import Pipeline, fn, types

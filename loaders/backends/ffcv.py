@@ -13,7 +13,6 @@ takes 3.6 s and 0.6 GB to open a file of ImageNet's size. Importing ffcv (numba,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +20,6 @@ import torch
 from loaders.backends import cpu
 from loaders.beton import MODE_JPEG, Sample
 from loaders.convert.images import jpeg_head
-from loaders.dataset import Dataset
-from loaders.views import ViewSpec
 
 
 def _imdecode() -> Callable[..., int]:
@@ -54,9 +51,9 @@ class Backend(cpu.Backend):
             )
         return None
 
-    def __init__(self, reader: Dataset, spec: ViewSpec, **options: Any):
+    def setup(self) -> None:
         self.imdecode = _imdecode()
-        super().__init__(reader, spec, **options)
+        super().setup()
 
     def decode(self, sample: Sample) -> np.ndarray:
         """The pixels as FFCV decodes them; raises ValueError where `cpu.decode` does."""

@@ -26,8 +26,6 @@ from loaders.dataset import Dataset
 from loaders.errors import UserError
 from loaders.job import Job
 from loaders.machine import bytes_free
-from loaders.stats import Stats
-from loaders.views import ViewSpec
 
 SHARE = 0.25  # of the free memory may be taken
 _CHUNK = 256  # images per round of filling: what a progress bar and a staging buffer need
@@ -45,17 +43,9 @@ class Backend(cpu.Backend):
     name = "resident"
     in_memory = True
 
-    def __init__(
-        self,
-        reader: Dataset,
-        spec: ViewSpec,
-        *,
-        batch_size: int,
-        device: torch.device,
-        workers: int | None = None,
-        stats: Stats,
-    ):
-        super().__init__(reader, spec, batch_size=batch_size, device=device, workers=workers, stats=stats)
+    def setup(self) -> None:
+        device, reader = self.device, self.reader
+        super().setup()
         self.device = device
         need, free = bytes_needed(reader), bytes_free(device)
         if free and need > 0.9 * free:
