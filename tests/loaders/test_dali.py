@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg_bytes, photo, write_beton
+from conftest import jpeg_bytes, overwrite, photo, write_beton
 
 dali = pytest.importorskip("nvidia.dali")
 
@@ -171,14 +171,6 @@ def test_opening_and_closing_with_work_under_way_leaks_no_memory(beton: Path) ->
 # --- Broken samples ---------------------------------------------------------------------------------------------------
 
 
-def break_samples(path: Path, indices: list[int]) -> None:
-    reader = Reader(path)
-    with open(path, "r+b") as file:
-        for index in indices:
-            file.seek(int(reader.pointer[index]))
-            file.write(bytes(int(reader.size[index])))
-
-
 @pytest.mark.filterwarnings("ignore:replaced")
 def test_an_error_stays_with_its_batch(tmp_path: Path) -> None:
     """Also if it comes while others are under way: pixels and boxes of those after it do not get mixed up."""
@@ -187,7 +179,7 @@ def test_an_error_stays_with_its_batch(tmp_path: Path) -> None:
     expected = {i: [c[0] for c in crops_of(whole, make_job(whole, [i]))] for i in range(48)}
     whole.close()
     broken = [3, 17, 18, 23, 40]
-    break_samples(path, broken)
+    overwrite(path, *broken)
     backend, rng = open_backend(path), np.random.default_rng(0)
     batches = [rng.integers(0, 48, rng.integers(1, 9)).tolist() for _ in range(20)]
     jobs = [make_job(backend, batch, on_bad_sample="skip") for batch in batches]
