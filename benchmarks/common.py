@@ -1,4 +1,4 @@
-"""What the measuring commands share: options, contestants, interleaved rounds, figures, the machine.
+"""Shared parts of the measuring commands: options, contestants, interleaved rounds, figures, the machine.
 
 A contestant is measured in rounds: every contestant once, then every one again, each round in another order, so that
 whatever else the machine does, and whatever one leaves behind for the next, meets all of them alike. The first round
@@ -32,7 +32,7 @@ import traceback
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -40,7 +40,11 @@ from loaders.checks import at_least, need
 from loaders.errors import UserError, unknown
 from loaders.machine import usable_cores
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 Key = TypeVar("Key", bound=Hashable)
+Row = dict[str, Any]  # of a table and of the JSON file
 
 FILE_WIDTH = 140  # of tables that go to a file or a pipe, characters
 ROOT = Path(__file__).parent.parent
@@ -115,7 +119,7 @@ def not_installed(package: str, install: str) -> str | None:
 
 @dataclass(frozen=True)
 class Run:
-    """What one round of one contestant took."""
+    """Time that one round of one contestant took."""
 
     elapsed_s: float
     cpu_s: float
@@ -151,7 +155,7 @@ def drop_cache(*paths: Path) -> None:
 
 
 def timed(function: Callable[[int], object]) -> Callable[[int], Run]:
-    """`function` as a contestant in this process: it is given the number of the round."""
+    """Make a contestant of `function`, which is given the number of the round, in this process."""
 
     def run(number: int) -> Run:
         synchronize()
@@ -164,7 +168,7 @@ def timed(function: Callable[[int], object]) -> Callable[[int], Run]:
 
 
 def timed_on(device: torch.device, function: Callable[[int], object]) -> Callable[[int], Run]:
-    """As `timed`; on a GPU the elapsed time is the GPU's own, between events on the current stream."""
+    """Make a contestant like `timed`; on a GPU its elapsed time is the GPU's own, between events on the stream."""
     if device.type != "cuda":
         return timed(function)
 
@@ -202,7 +206,7 @@ Batches = Callable[[int], Iterable[object]]  # the number of the round -> its ba
 
 @dataclass(frozen=True)
 class Start:
-    """How long until the first batch: from opening the data, and from the start of the process (imports)."""
+    """Time until the first batch: from opening the data, and from the start of the process (imports)."""
 
     first_batch_s: float
     start_s: float
@@ -213,7 +217,7 @@ class Process:
 
     `build` and the arguments must pickle, `build` from a module other than __main__: importing that module is not
     part of `first_batch_s`, nor are `modules`, which are imported before.
-    Raises what `build` and its batches raise: UserError as it is, all else as RuntimeError with what it printed.
+    Raises what `build` and its batches raise: UserError unchanged, all else as RuntimeError with the output.
     """
 
     def __init__(self, build: Callable[..., Batches], *arguments: object, modules: Sequence[str] = ()):
@@ -337,7 +341,7 @@ def figure(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
-    """`over` / `under`, round by round."""
+    """Figure of `over` / `under`, round by round."""
     return figure([a / b for a, b in zip(over, under, strict=True)])
 
 
@@ -356,12 +360,28 @@ def spread(value: dict[str, Any]) -> str:
     return f"{shown(value['min'])}-{shown(value['max'])}"
 
 
+def table(
+    title: str, rows: Sequence[dict[str, Any]], columns: Mapping[str, str | Callable[[dict[str, Any]], Any]]
+) -> Table:
+    """Rows for people. `columns`: header -> key of the row, or function of the row; figures and numbers are rounded."""
+    from rich.table import Table  # not above: contestants' processes show nothing
+
+    out = Table(title=title, title_justify="left")
+    cells = [[row[c] if isinstance(c, str) else c(row) for c in columns.values()] for row in rows]
+    for number, (header, column) in enumerate(columns.items()):
+        text = isinstance(column, str) and all(isinstance(cell[number], str) for cell in cells)
+        out.add_column(header, justify="left" if text else "right", no_wrap=True)
+    for line in cells:
+        out.add_row(*(cell if isinstance(cell, str) else shown(cell) for cell in line))
+    return out
+
+
 @dataclass
 class Report:
-    """What a command found: rows for the JSON file, a table (of rich) for people, and who was left out, and why."""
+    """Result of a command: rows for the JSON file, tables (of rich) for people, and who was left out, and why."""
 
     rows: list[dict[str, Any]]
-    tables: list[Any]
+    tables: list[Table]
     skipped: dict[str, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # what else belongs into the JSON file
 
@@ -403,7 +423,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, '+' if files differ from it."""
+    """Commit of the checkout, with '+' if files differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
@@ -414,7 +434,7 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, name: str, config: Any, report: Report) -> None:
-    """Everything measured, with the options (a dataclass) and the machine."""
+    """Write everything measured, with the options (a dataclass) and the machine."""
     content = {
         "benchmark": name,
         "options": dataclasses.asdict(config),
@@ -429,9 +449,9 @@ def write_json(path: Path, name: str, config: Any, report: Report) -> None:
 def main(
     name: str, config_class: type[Config], measure: Callable[[Any], Report], argv: Sequence[str] | None = None
 ) -> int:
-    """A whole command: options -> measure -> table (and file). Returns the exit status.
+    """Run a whole command: options -> measure -> table (and file). Returns the exit status.
 
-    The first line of what `measure` says of itself is the command's description.
+    The first line of `measure`'s docstring is the command's description.
     """
     import tyro  # not above: contestants' processes import this module, and have no use for command lines and tables
     from rich.console import Console

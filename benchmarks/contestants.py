@@ -1,4 +1,4 @@
-"""Who is measured by `benchmarks.loader`: the floor, this project's backends, and the peers as their users run them.
+"""The contestants of `benchmarks.loader`: the floor, this project's backends, and the peers as their users run them.
 
 Each is a function of (config, K, workers) that opens the data and returns the batches of a round: for stage `crops`
 lists of K uint8 tensors, for stage `views` lists of K float32 tensors [B, 3, S, S] under SimSiam's augmentation
@@ -60,7 +60,7 @@ BLUR_TAPS = 13
 
 @dataclass(frozen=True)
 class Contestant:
-    """`whose` is floor, ours or peer; `stage` crops or views; `modules` are imported before the clock starts."""
+    """A contestant. `whose`: floor, ours or peer; `stage`: crops or views; `modules`: imported before timing."""
 
     name: str
     whose: str
@@ -71,7 +71,7 @@ class Contestant:
 
 
 def contestants() -> dict[str, Contestant]:
-    """All of them by name, whether they can run here or not."""
+    """All contestants by name, also those that cannot run here."""
 
     def nothing(_device: torch.device) -> None:
         return None
@@ -191,7 +191,7 @@ class ViewsDataset(torch.utils.data.Dataset):
 
 
 class Repeated:
-    """A transform of one view, K times."""
+    """A transform of one view, applied K times."""
 
     def __init__(self, transform: Callable, num_views: int):
         self.transform, self.num_views = transform, num_views
@@ -276,7 +276,7 @@ def torchvision_v2(config: Config, num_views: int, workers: int) -> Batches:
 
 
 def lightly(config: Config, num_views: int, workers: int) -> Batches:
-    """lightly's FastSiam transform as it comes."""
+    """lightly's FastSiam transform, unchanged."""
     from lightly.transforms import FastSiamTransform
 
     transform = FastSiamTransform(num_views=num_views, input_size=config.size)

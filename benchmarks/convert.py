@@ -1,4 +1,4 @@
-"""What converting costs: fastssl-convert, the copies that no converter can beat, and FFCV's writer.
+"""The cost of converting: fastssl-convert, the copies that no converter can beat, and FFCV's writer.
 
     python -m benchmarks.convert --data FOLDER [--images 10000] [--workers 1 2] [--cold] [--scratch DIR] [--json FILE]
 
@@ -44,8 +44,8 @@ from benchmarks.common import (
     interleave,
     not_installed,
     ratio,
-    shown,
     spread,
+    table,
     timed,
 )
 from loaders.convert.command import ConvertConfig, convert
@@ -64,7 +64,7 @@ class Config(common.Config):
     images: int = 10_000
     """Images to convert, at most."""
     batch_size: int = 1
-    """Means nothing here, like the other options about views."""
+    """Unused here, like the other options about views."""
     scratch: Path | None = None
     """Where the subset and the outputs go for a while; the folder above --data unless given."""
     cold: bool = False
@@ -158,7 +158,7 @@ def run(*command: str | Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is printed on stderr, by this process and its children."""
+    """Keep this process and its children from printing on stderr."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as null:
@@ -192,12 +192,12 @@ def measure(config: Config) -> Report:
                 continue
             runs[name, 1 if name in SINGLE else workers] = bench.timed(bench.contestants(workers)[name])
         report.rows = make_rows(interleave(runs, config.repeats), len(bench.files), bench.bytes)
-        report.tables = [table(config, bench, report.rows)]
+        report.tables = [shown_table(config, bench, report.rows)]
         return report
 
 
 def make_rows(runs: dict[tuple[str, int], list[Run]], num: int, size: int) -> list[dict[str, Any]]:
-    """A row per contestant and number of workers, of rounds of `num` images of `size` bytes in all."""
+    """Rows per contestant and number of workers, of rounds of `num` images of `size` bytes in all."""
     seconds = {key: [run.elapsed_s for run in measured] for key, measured in runs.items()}
     rows = []
     for (name, workers), measured in runs.items():
@@ -216,25 +216,22 @@ def make_rows(runs: dict[tuple[str, int], list[Run]], num: int, size: int) -> li
     return rows
 
 
-def table(config: Config, bench: Bench, rows: Sequence[dict[str, Any]]) -> Table:
+def shown_table(config: Config, bench: Bench, rows: Sequence[dict[str, Any]]) -> Table:
     """The figures for people."""
     cache = "sources not in the page cache" if config.cold else "sources in the page cache"
-    title = f"{len(bench.files):,} images, {bench.bytes / 1e6:,.1f} MB, {cache}"
-    out = Table(title=title, title_justify="left")
-    columns = ["contestant", "workers", "MB/s", "min-max", "images/s", "CPU ms/image"]
-    for column in [*columns, *(f"x {other}" for other in BASELINES)]:
-        out.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
-    for row in rows:
-        out.add_row(
-            row["contestant"],
-            str(row["workers"]),
-            shown(row["mb_per_s"]),
-            spread(row["mb_per_s"]),
-            shown(row["images_per_s"]),
-            shown(row["cpu_ms_per_image"]),
-            *(shown(row[f"speed_over_{other}"]) for other in BASELINES),
-        )
-    return out
+    return table(
+        f"{len(bench.files):,} images, {bench.bytes / 1e6:,.1f} MB, {cache}",
+        rows,
+        {
+            "contestant": "contestant",
+            "workers": lambda row: str(row["workers"]),
+            "MB/s": "mb_per_s",
+            "min-max": lambda row: spread(row["mb_per_s"]),
+            "images/s": "images_per_s",
+            "CPU ms/image": "cpu_ms_per_image",
+            **{f"x {other}": f"speed_over_{other}" for other in BASELINES},
+        },
+    )
 
 
 if __name__ == "__main__":

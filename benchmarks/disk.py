@@ -28,7 +28,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.common import Config as Common
-from benchmarks.common import Report, Run, chosen, drop_cache, figure, interleave, main, ratio, shown, spread, timed
+from benchmarks.common import Report, Run, chosen, drop_cache, figure, interleave, main, ratio, spread, table, timed
 from loaders.beton import Reader
 from loaders.checks import need
 from loaders.order import BatchIds, EpochEnd, Order, page_order, random_order, sequential
@@ -72,11 +72,8 @@ def mixing(config: Config) -> tuple[list[dict], Table]:
     """Entropy per batch for each order, on the file and on one like ImageNet."""
     with Reader(config.data) as reader:
         files = {config.data.name: (reader.label, reader.page), "like ImageNet": imagenet_like()}
-    table = Table(title=f"class entropy of a batch of {config.batch_size}, bits", title_justify="left")
-    table.add_column("order")
-    columns = []
+    entropy = {}
     for name, (label_N, page_N) in files.items():
-        table.add_column(name, justify="right")
         by_class = np.argsort(label_N, kind="stable")  # what a folder's converter writes without --shuffle
         label_N, n = label_N[by_class], len(label_N)
         options = {"batch_size": config.batch_size, "seed": 0, "epoch": 0}
@@ -84,13 +81,11 @@ def mixing(config: Config) -> tuple[list[dict], Table]:
         orders |= {f"page, window {w}": page_order(page_N, window=w, **options) for w in config.page_windows}
         orders["file order, sorted by class"] = sequential(n, config.batch_size)
         some = 2000  # batches say enough
-        columns.append({k: batch_entropy(itertools.islice(o, some), label_N) for k, o in orders.items()})
-    rows = []
-    for order in columns[0]:
-        values = [c[order] for c in columns]
-        table.add_row(order, *(f"{v:.2f}" for v in values))
-        rows.append({"order": order, "entropy_bits": dict(zip(files, values, strict=True))})
-    return rows, table
+        entropy[name] = {k: batch_entropy(itertools.islice(o, some), label_N) for k, o in orders.items()}
+    rows = [{"order": order, "entropy_bits": {name: entropy[name][order] for name in files}} for order in orders]
+    columns = {name: lambda row, name=name: row["entropy_bits"][name] for name in files}
+    title = f"class entropy of a batch of {config.batch_size}, bits"
+    return rows, table(title, rows, {"order": "order"} | columns)
 
 
 # --- Disk -------------------------------------------------------------------------------------------------------------
@@ -140,7 +135,7 @@ def cold(name: str, config: Config) -> Callable[[int], Run]:
 
 
 def measure(config: Config) -> Report:
-    """How well the orders mix and how fast a cold disk serves them."""
+    """Mixing of the orders, and speed of a cold disk under each of them."""
     need(min(config.page_windows, default=0) >= 1, "--page-windows needs values of 1 or more")
     rows, mixed = mixing(config)
     with Reader(config.data) as reader:
@@ -150,20 +145,29 @@ def measure(config: Config) -> Report:
     left = cached_share(config.data)
     names = chosen(CONTESTANTS, config)
     runs = interleave({name: cold(name, config) for name in names}, config.repeats, warm=True)
-    table = Table(
-        title=f"cold reads of {config.data.name}, {config.workers[0]} threads, {mb_per_image * 1000:.0f} KB per image "
-        f"({100 * left:.0f} % still cached after dropping)",
-        title_justify="left",
-    )
-    for column in ("order", "images/s", "spread", "MB/s", "x random, no read-ahead"):
-        table.add_column(column, justify="left" if column == "order" else "right")
     rates = {n: [config.images / r.elapsed_s for r in runs[n]] for n in names}
-    for name, values in rates.items():
-        value = figure(values)
-        gain = ratio(values, rates[CONTESTANTS[1]]) if CONTESTANTS[1] in rates else None
-        table.add_row(name, shown(value), spread(value), f"{value['median'] * mb_per_image:.0f}", shown(gain))
-        rows.append({"order": name, "cold_images_per_s": value, "of_random_without_read_ahead": gain})
-    return Report(rows, [mixed, table], about={"cached_after_dropping": left, "mb_per_image": mb_per_image})
+    plain = rates.get("random, no read-ahead")
+    cold_rows = [
+        {
+            "order": name,
+            "cold_images_per_s": figure(values),
+            "of_random_without_read_ahead": ratio(values, plain) if plain else None,
+        }
+        for name, values in rates.items()
+    ]
+    shown = table(
+        f"cold reads of {config.data.name}, {config.workers[0]} threads, {mb_per_image * 1000:.0f} KB per image "
+        f"({100 * left:.0f} % still cached after dropping)",
+        cold_rows,
+        {
+            "order": "order",
+            "images/s": "cold_images_per_s",
+            "spread": lambda row: spread(row["cold_images_per_s"]),
+            "MB/s": lambda row: row["cold_images_per_s"]["median"] * mb_per_image,
+            "x random, no read-ahead": "of_random_without_read_ahead",
+        },
+    )
+    return Report(rows + cold_rows, [mixed, shown], {}, {"cached_after_dropping": left, "mb_per_image": mb_per_image})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A data set that fits into memory decoded needs no decoder. Otherwise each backend that can run here cuts the views of
 real batches for a second. Beside a GPU the one with the most images per second wins, but the CPU's by default, because
-decoding on the GPU takes time from the network. On a CPU the one that spends the least CPU time per image wins: what
-it spends, the network cannot have. Batches of thousands are not decoded on a GPU: whole images take several times the
+decoding on the GPU takes time from the network. On a CPU the one that spends the least CPU time per image wins: the
+network needs the same cores. Batches of thousands are not decoded on a GPU: whole images take several times the
 memory of their views, and in such batches the network is what limits.
 """
 
@@ -48,7 +48,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rate:
-    """What a backend did with real batches."""
+    """Speed of a backend on real batches."""
 
     images_per_s: float
     cpu_ms: float  # CPU time per image, all threads
@@ -92,7 +92,7 @@ def choose(
 
 
 def _decide(rates: dict[str, Rate], device: torch.device, memory: str, resident_fits: bool) -> Choice:
-    """The rule of the module's docstring."""
+    """Choose by the rule in the module's docstring."""
     if resident_fits:
         return Choice("resident", memory)
     if device.type == "cpu":
@@ -144,7 +144,7 @@ def measure(
 
 
 def _key(reader: Dataset, spec: ViewSpec, device: torch.device, workers: int) -> str:
-    """What a measurement depends on, readable."""
+    """Readable text of all that a measurement depends on."""
     files = ";".join(f"{p.name}:{p.stat().st_size}" for p in reader.paths)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     versions = []
@@ -157,7 +157,7 @@ def _key(reader: Dataset, spec: ViewSpec, device: torch.device, workers: int) ->
 
 
 def _load(path: Path) -> dict:
-    """What is remembered; nothing where the file is absent or not ours."""
+    """Read the remembered choices; none where the file is absent or damaged."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return {k: v for k, v in known.items() if v["backend"] in backends.available() and isinstance(v["why"], str)}
@@ -166,7 +166,7 @@ def _load(path: Path) -> dict:
 
 
 def _save(path: Path, known: dict) -> None:
-    """Remember, where the folder can be written."""
+    """Write the choices to remember, where the folder can be written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with contextlib.suppress(OSError):
         partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")

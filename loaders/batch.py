@@ -1,4 +1,4 @@
-"""One batch: what the caller gets, and the memory in which it is made."""
+"""A batch as the caller gets it, and the memory in which it is made."""
 
 from __future__ import annotations
 

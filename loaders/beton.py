@@ -6,7 +6,7 @@ of where each blob lies. All integers are little-endian, all offsets count bytes
     [header 24][descriptors 1041 each][records][zeros][page 0][page 1]...[allocation table 24 each]
 
 Files written here are read by FFCV 1.0.2, and the other way round. Unlike FFCV's own writer, this one stores the
-bytes it is given, so a JPEG is kept as it was. With as many samples as its capacity the result equals, byte for
+bytes it is given, so a JPEG keeps its bytes. With as many samples as its capacity the result equals, byte for
 byte, what FFCV's writer produces with one worker from the same blobs.
 """
 
@@ -198,7 +198,7 @@ class Reader:
         return header, type_ids
 
     def _check_blobs(self, low: int, high: int) -> None:
-        """Every blob lies in [low, high) and raw ones have the length of their pixels."""
+        """Raise UserError unless every blob lies in [low, high) and raw ones have the length of their pixels."""
         bad = (self.size <= 0) | (self.size > high) | (self.pointer < low) | (self.pointer > high - self.size)
         bad |= (self.height == 0) | (self.width == 0) | (self.mode > MODE_RAW)
         raw = self.mode == MODE_RAW
@@ -270,7 +270,7 @@ class Reader:
         return names if isinstance(names, list) and names else None
 
     def close(self) -> None:
-        """Give up the map; it goes away with the last `Sample.jpeg` that still looks into it. Columns stay."""
+        """Close the file. Its memory map lives as long as a `Sample.jpeg` in it does; the columns stay."""
         self._bytes = None
         self._file.close()
         if self._map is not None:
@@ -381,7 +381,7 @@ class Writer:
             self._write(blobs, start)
 
     def _check(self, size: int, height: int, width: int, mode: int) -> None:
-        """Raises UserError for a sample that cannot be stored."""
+        """Raise UserError for a sample that cannot be stored."""
         if self._num == len(self._records):
             raise UserError(f"{self.path}: more samples than the capacity of {len(self._records)} given at the start")
         if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):

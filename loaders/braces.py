@@ -13,8 +13,8 @@ from loaders.errors import UserError
 def expand_braces(pattern: str) -> list[str]:
     """All names that a pattern stands for, in order: `a-{08..10}.tar` gives a-08.tar a-09.tar a-10.tar.
 
-    The name of a file that exists is not expanded. Raises UserError for a range that counts down, which is rather a
-    mistake than a wish.
+    The name of a file that exists is not expanded. Raises UserError for a range that counts down, which is
+    more likely a mistake than intended.
     """
     if "{" not in pattern or Path(pattern).exists():
         return [pattern]
@@ -25,7 +25,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def expand_list(names: str) -> list[str]:
-    """As `expand_braces`, for several patterns with commas between them; commas inside braces belong to the braces."""
+    """Names of several patterns with commas between them; commas inside braces belong to the braces."""
     # An empty first item makes any list one that braces can hold; it goes with other empty ones.
     expanded = expand_braces(f"{{,{names}}}")
     return [name.strip() for name in expanded if name.strip()]

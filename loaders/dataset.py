@@ -22,7 +22,7 @@ class Readers:
     """Several files, one after another: what `Reader` offers, over all of them.
 
     Sample ids run through the files in the given order. Where every file has class names beside it, labels are
-    renumbered to one sorted list of all names; else they are taken as they are.
+    renumbered to one sorted list of all names; else the stored labels are used.
     """
 
     def __init__(self, readers: Sequence[Reader]):
@@ -38,7 +38,7 @@ class Readers:
 
     @property
     def page(self) -> np.ndarray:
-        """A number for each page of each file, ascending over the files [N]."""
+        """Page of each sample [N], numbered through all files."""
         pages, first = [], 0
         for reader in self.readers:
             page = reader.page

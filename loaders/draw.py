@@ -104,7 +104,7 @@ def draw(
 
 
 def permutation(n: int, *, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
-    """A uniform random permutation of 0..n-1 as int64 [N], the same for ever; independent for every `stream`.
+    """A uniform random permutation of 0..n-1 as int64 [N], the same on every machine; independent for every `stream`.
 
     Sorts 64-bit keys, two from each Philox block. The sort is stable, so even a tie (probability below 1e-7
     for ImageNet) has one outcome whatever the sorting code of the numpy at hand."""
@@ -116,7 +116,7 @@ def permutation(n: int, *, seed: int, epoch: int, stream: int = 0) -> np.ndarray
 
 
 def _key(seed: int, epoch: int) -> tuple[int, int]:
-    """The pair itself: different pairs give different keys, and Philox needs no further mixing of its key."""
+    """The key of the generator: the pair itself, as Philox needs no further mixing of its key."""
     for name, value in (("seed", seed), ("epoch", epoch)):
         if not 0 <= value < 2**32:
             raise UserError(f"{name} is {value}: give a whole number from 0 to 4294967295")
@@ -124,7 +124,7 @@ def _key(seed: int, epoch: int) -> tuple[int, int]:
 
 
 def _draw_view(view: View, words: list[np.ndarray], height_B: np.ndarray, width_B: np.ndarray) -> Draws:
-    """`words`: the four words of each block, [blocks, B] each, in the order of `_BLOCKS`."""
+    """Draws of one view. `words` are the four words of each block, [blocks, B] each, in the order of `_BLOCKS`."""
     B = len(height_B)
     if view.center is not None:
         return Draws(

@@ -1,4 +1,4 @@
-"""One batch on its way through a backend."""
+"""The work for one batch, from sample ids to crops and views."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class BadSample(UserError):
 
 @dataclass
 class Job:
-    """What a backend needs for one batch: which samples, which crops of them, and where to put the pixels.
+    """A batch for a backend: the samples, their draws, and the memory for the crops.
 
     B images, K views. `crops` are K uint8 tensors [B, 3, S_k, S_k], channels last, on the backend's device.
-    Where augmentation runs on the host, `views` (and `tiles`, see `augment.divide`) are where its results go.
+    Where augmentation runs on the host, its results go to `views` (and `tiles`, see `augment.divide`).
     """
 
     reader: Dataset
@@ -65,7 +65,7 @@ class Job:
         return draw(self.spec, seed=self.seed, epoch=self.epoch, index_B=index_B, **sides)
 
     def augment_rows(self, rows: range) -> None:
-        """Finished rows of crops -> views and tiles; nothing where augmentation runs on the device."""
+        """Make views and tiles of finished rows of crops; do nothing where augmentation runs on the device."""
         if not self.views:
             return
         todo = self._operations or self.prepare()

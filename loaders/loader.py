@@ -36,7 +36,7 @@ __all__ = ["Batch", "Loader", "Memory"]
 
 @dataclass(frozen=True)
 class Memory:
-    """What a loader holds."""
+    """Memory that a loader holds."""
 
     batches: int
     """Batches of views at a time: in use, ready, or being made."""
@@ -50,11 +50,12 @@ class Loader:
     """Batches of views from one or several .beton files.
 
     data          path (`a.beton`, `a.beton,b.beton`, `part-{00..15}.beton`) or an open reader
-    views         what to make of every image
+    views         the views to make of every image
     batch_size    images per process and step
-    device        where the views are wanted
+    device        device of the views
     backend       "auto" or a name of `backends.available()`
-    rank, world   number of this process, and how many there are
+    seed          seed of the order and of all draws
+    rank, world   number of this process, and number of processes
     workers       threads; by the machine unless given
     prefetch      batches made ahead
     order         "random"; "page": page by page, shuffled within `page_window` pages, for hard disks and files larger
@@ -158,10 +159,10 @@ class Loader:
         return len(self.producer.order)
 
     def epoch(self, epoch: int = 0, start_step: int = 0, *, ahead: bool = False) -> Generator[Batch, None, None]:
-        """The batches of one epoch from `start_step` on: the same ones, bit for bit, whenever and wherever it is asked.
+        """The batches of one epoch from `start_step` on, the same ones, bit for bit, at every call.
 
-        One epoch at a time: asking for another one ends the one before. `ahead` says that the next epoch will be asked
-        for next: its first batches are then made while the last ones of this epoch are in use.
+        One epoch at a time: a call for another epoch ends the one before. `ahead` says that the next call will be for
+        the epoch after this one, whose first batches are then made while the last ones of this epoch are in use.
         """
         return self.producer.epoch(epoch, start_step, ahead=ahead and self.producer.order.kind != "sequential")
 
@@ -176,7 +177,7 @@ class Loader:
         return len(self.producer.slots)
 
     def memory(self) -> Memory:
-        """What the loader holds at the moment."""
+        """Memory that the loader holds at the moment."""
         slots = self.producer.slots
         crops = sum(crop.numel() * crop.element_size() for slot in slots for crop in slot.crops)
         batches = 1 if self.producer.augmenter.late else max(1, len(slots))

@@ -1,4 +1,4 @@
-"""What this machine has: usable cores, free memory; and threads that compute side by side."""
+"""The machine: usable cores, free memory, and threads that compute side by side."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ STEPS = 8
 
 
 class ReadAhead:
-    """Requests for the bytes that come next, in a thread of its own: the disk's queue may be full, and a request waits.
+    """Asks for the bytes of the next batches, in a thread of its own: a request waits while the disk's queue is full.
 
     In random order it asks for the images alone. In page order it asks for whole pages, each once, a whole window of
     pages in advance: the disk reads the next window while this one is in use.

@@ -1,4 +1,4 @@
-"""What a method asks of the loader: the size, the crop and the photometry of every view.
+"""View specifications: the size, the crop and the photometry of every view that a method asks the loader for.
 
 Pure description: no tensor and no random number here. `draw` turns it into parameters per sample, the
 backends and `augment` apply those. The strengths mean what the arguments of torchvision's transforms mean."""
@@ -195,8 +195,10 @@ def multicrop(
 
 
 def with_local(spec: ViewSpec, num: int, size: int, scale: tuple[float, float]) -> ViewSpec:
-    """`spec` and `num` small views after its own: the first view's photometry, half of them blurred (if that view ever
-    is), never solarized, as DINO (Appendix A) and SwAV make their local crops."""
+    """Add `num` small views to `spec`, as DINO (Appendix A) and SwAV make their local crops.
+
+    They have the first view's photometry, but are never solarized; half of them are blurred, if that view ever is.
+    """
     first = spec.views[0]
     local = replace(first, size=size, scale=scale, blur_p=0.5 if first.blur_p > 0 else 0.0, solarize_p=0.0)
     return replace(spec, views=spec.views + (local,) * num)

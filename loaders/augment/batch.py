@@ -80,7 +80,7 @@ def augment(
     dtype: torch.dtype = torch.float32,
     n: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Normalised views [B, 3, S, S] in `dtype`, channels last, and their n x n tiles as from `divide` (n = 1: None).
+    """Normalised views [B, 3, S, S] in `dtype`, channels last, and their n x n tiles, ordered as by `divide`, or None.
 
     `params_BN` comes from `to_tensors`, on the crops' device.
     """
@@ -114,7 +114,7 @@ def augment(
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    """[3, 1, 1], computed on the device: `torch.tensor(values, device=device)` would wait for a transfer."""
+    """Constants per channel [3, 1, 1], computed on the device: `torch.tensor(values)` would wait for a transfer."""
     channel = torch.arange(3, device=device)[:, None, None]
     return torch.where(channel == 0, values[0], torch.where(channel == 1, values[1], values[2]))
 
@@ -152,9 +152,9 @@ def _blur(x: torch.Tensor, weights: Sequence[torch.Tensor], dim: int) -> torch.T
 
 
 class DeviceAugment:
-    """`augment` for all views of a specification; on CUDA compiled, once per distinct view.
+    """Runs `augment` for all views of a specification; on CUDA compiled, once per distinct view.
 
-    Batches are made `at_once` images at a time: what lies between crops and views takes a multiple of their memory.
+    Batches are made `at_once` images at a time: intermediate results take a multiple of the memory of the views.
     Shapes are fixed by the first batch; what is left over, and batches of other sizes (the last of an evaluation), run
     uncompiled.
     """

@@ -103,7 +103,7 @@ def _image_of_this_thread(size: int) -> _Image:
 
 
 class _Image:
-    """One image on its way, in planes of float32 that are allocated once and stay in the core's cache.
+    """An image while it is augmented, in planes of float32 that are allocated once and stay in the core's cache.
 
     A pixel is `scale * stored + offset`. Brightness and contrast change only these two numbers; hue, blur and the
     rest commute with them, a clamp moves its bounds instead, and normalisation takes them in: most linear passes

@@ -33,7 +33,7 @@ def divide(x_BCHW: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def cut(x_BCHW: torch.Tensor, n: int) -> torch.Tensor:
-    """The same pixels, not copied, by column of tiles, row of tiles and image: [n, n, B, H/n, W/n, C]."""
+    """View of the same pixels by column of tiles, row of tiles and image: [n, n, B, H/n, W/n, C]."""
     rows_cut = x_BCHW.permute(0, 2, 3, 1).unflatten(1, (n, -1))
     return rows_cut.unflatten(3, (n, -1)).permute(3, 1, 0, 2, 4, 5)
 
@@ -48,7 +48,7 @@ def hue_mix(hue_B: np.ndarray) -> np.ndarray:
 
 
 def radius(sigma_B: np.ndarray, largest: int) -> np.ndarray:
-    """Where each Gaussian ends, pixels [B]: beyond 3.5 sigma lies 0.05 % of it."""
+    """Radius of each Gaussian, pixels [B]: beyond 3.5 sigma lies 0.05 % of it."""
     return np.minimum(largest, np.ceil(3.5 * sigma_B)).astype(int)
 
 

@@ -33,7 +33,7 @@ _PAGE = mmap.PAGESIZE
 
 
 def decode(sample: Sample) -> np.ndarray:
-    """uint8 RGB pixels [height, width, 3] of one sample; raw pixels are not copied.
+    """Pixels of one sample, uint8 RGB [height, width, 3]; raw pixels are not copied.
 
     Raises ValueError (with the decoder's reason) for bytes that do not decode or do not have the recorded size.
     """
@@ -86,7 +86,7 @@ class Backend(base.Backend):
         return Futures([self.pool.submit(self._work, job, chunk) for chunk in chunks])
 
     def _work(self, job: Job, rows: range) -> None:
-        """Bytes to crops (to views) for some rows of a batch; runs in a worker thread."""
+        """Make the crops (and views) of some rows of a batch, in a worker thread."""
         seconds = dict.fromkeys(("read", "decode", "crop", "augment"), 0.0)
         for row in rows:
             while True:

@@ -1,6 +1,6 @@
 """FFCV's JPEG decoder in the threads of the CPU backend: the very pixels that FFCV's own Loader decodes from this file.
 
-What is taken from FFCV 1.0.2 is libffcv's `imdecode` (TurboJPEG with its fast DCT), called as it is: ctypes lets go of
+What is taken from FFCV 1.0.2 is libffcv's `imdecode` (TurboJPEG with its fast DCT), called directly: ctypes lets go of
 the interpreter lock, so nothing has to be compiled first, and what it returns, which FFCV itself drops, is looked at.
 Crops are those of the CPU backend. FFCV's resizer (OpenCV's INTER_AREA) cannot stand in: against Pillow it is up to
 4/255 off where ImageNet crops shrink to 224 px and 7/255 where they are enlarged, next to nearest neighbours.
@@ -23,7 +23,7 @@ from loaders.convert.images import jpeg_head
 
 
 def _imdecode() -> Callable[..., int]:
-    """libffcv's decoder. Raises whatever importing ffcv raises."""
+    """Import libffcv's decoder. Raises whatever importing ffcv raises."""
     threads = torch.get_num_threads()
     try:
         from ffcv.libffcv import imdecode

@@ -38,7 +38,7 @@ def bytes_needed(reader: Dataset) -> int:
 
 
 class Backend(cpu.Backend):
-    """On the host, the CPU backend without its decoder; on a GPU, products of matrices."""
+    """The CPU backend without its decoder; on a GPU, products of matrices."""
 
     name = "resident"
     in_memory = True

@@ -1,4 +1,4 @@
-"""Where files lie: a folder, a tar, a compressed tar, a zip. Listed once, then read by place, in any order.
+"""Containers of files: a folder, a tar, a compressed tar, a zip. They are listed once, then read in any order.
 
 Each container has the same two things: `list()` yields its files in a fixed order, `read(member)` returns the content
 of one. Everything is read where it lies, except for a compressed tar, in which no place can be found: it is unpacked
@@ -46,7 +46,7 @@ class Member(NamedTuple):
 
 
 class Container:
-    """What all containers share. `read` is safe from many threads."""
+    """Base of all containers. `read` is safe from many threads."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -102,7 +102,7 @@ def open_container(path: Path, scratch: Path | None = None) -> Container:
 
 
 def _clean(path: str) -> str:
-    """./a//b and /a/b -> a/b"""
+    """Normal form of a path in an archive: ./a//b and /a/b -> a/b."""
     return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
@@ -192,7 +192,7 @@ class Tar(Container):
 
 
 def _unpacked(path: Path, opener: Callable[..., Any], scratch: Path | None) -> BinaryIO:
-    """What a compressed file holds, in a file without a name. OSError if the disk of `scratch` is full."""
+    """Content of a compressed file, in a file without a name. OSError if the disk of `scratch` is full."""
     file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - open as long as the container
     try:
         with opener(path, "rb") as content:
@@ -288,7 +288,7 @@ class Zip(Container):
         return content[:limit]
 
     def _inflate(self, info: zipfile.ZipInfo) -> bytes:
-        """Without zipfile's lock around one shared file, so that threads decompress side by side."""
+        """Read a member without zipfile's lock around one shared file, so that threads decompress side by side."""
         header = os.pread(self._file.fileno(), 30, info.header_offset)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise OSError("damaged in the archive: no local header")

@@ -108,7 +108,7 @@ class ConvertConfig:
 
 @dataclass
 class Summary:
-    """What a conversion did. Sizes in bytes."""
+    """Result of a conversion. Sizes in bytes."""
 
     images: int = 0
     classes: list[str] = field(default_factory=list)
@@ -138,7 +138,7 @@ class Done(NamedTuple):
 
 
 def convert(config: ConvertConfig, progress: Callable[[int, int], None] | None = None) -> Summary:
-    """Do what `config` says. `progress` is called with (images done, images in all).
+    """Convert as `config` says. `progress` is called with (images done, images in all).
 
     Raises UserError for anything the user can mend; then, as after any other exception, no file is left.
     """
@@ -187,7 +187,7 @@ def convert(config: ConvertConfig, progress: Callable[[int, int], None] | None =
 
 
 def _select(source: Source, config: ConvertConfig) -> list[int]:
-    """Which images of the source to convert, in which order."""
+    """Indices of the images to convert, in order."""
     indices = np.arange(len(source)) if config.limit is None else np.asarray(source.subset(config.limit))
     if not len(indices):
         raise UserError(f"{config.src} holds no image that has a class")
@@ -257,8 +257,9 @@ def _process(
 ) -> Generator[list[Done | Skipped], None, None]:
     """Read and prepare the images on threads; yields them in order, a bounded number ahead.
 
-    What was yielded is valid until the next: the memory is used again. New memory for every image would cost more
-    than copying it does (ImageNet originals: 110 us of system time per image, most of it page faults; 55 without).
+    A chunk is valid until the next is asked for, because its memory is used again. New memory for every image would
+    cost more than copying it does (ImageNet originals: 110 us of system time per image, most of it page faults; 55
+    without).
     """
     spare: list[memoryview] = []
 
@@ -377,7 +378,7 @@ def _check_space(out: Path, needed: int) -> None:
 
 
 def _page_size(config: ConvertConfig, sizes: Sequence[int], indices: list[int]) -> int:
-    """FFCV's 8 MiB, which suits every common data set; more if a file is larger and will stay as it is."""
+    """Bytes of a page: FFCV's 8 MiB, which suits every common data set; more if a file is larger and will be kept."""
     page_size = DEFAULT_PAGE_SIZE
     if config.max_side is None:
         largest = max(sizes[i] for i in indices)
@@ -387,7 +388,7 @@ def _page_size(config: ConvertConfig, sizes: Sequence[int], indices: list[int]) 
 
 
 def _sidecars(config: ConvertConfig, summary: Summary) -> dict[str, str]:
-    """What OUT.json says, and OUT.skipped.csv; an empty text where there is nothing to say."""
+    """Texts of OUT.json and OUT.skipped.csv; empty where there is nothing to say."""
     counts = [summary.counts[label] for label in range(len(summary.classes))]
     content = {
         "source": config.src,
@@ -438,13 +439,13 @@ def _handling(handler: Callable[..., None]) -> Iterator[None]:
 
 
 def _uninterrupted() -> contextlib.AbstractContextManager[None]:
-    """For the moment in which the files get their names: whoever interrupts now comes too late."""
+    """Ignore interruptions while the files get their names: it is too late for them."""
     return _handling(lambda *_: None)
 
 
 @contextlib.contextmanager
 def _postponed() -> Iterator[Callable[[], None]]:
-    """Ctrl-C and SIGTERM take effect when the function that this gives is called, not before."""
+    """Hold Ctrl-C and SIGTERM back until the function that this gives is called."""
     came: list[int] = []
     with contextlib.ExitStack() as handling:
         handling.enter_context(_handling(lambda number, _frame: came.append(number)))
@@ -458,7 +459,7 @@ def _postponed() -> Iterator[Callable[[], None]]:
 
 
 def _terminable() -> contextlib.AbstractContextManager[None]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt, the first of them only: cleaning up is not interrupted again."""
+    """Turn the first Ctrl-C or SIGTERM into KeyboardInterrupt, and ignore the others: cleaning up goes on."""
 
     def interrupt(*_: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

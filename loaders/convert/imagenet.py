@@ -66,7 +66,7 @@ def _kit_file(kit: Path, name: str) -> bytes:
 
 
 def _wnids(meta: bytes, kit: Path) -> dict[int, str]:
-    """ILSVRC2012_ID -> WordNet id of the classes proper; the table also lists the groups above them."""
+    """WordNet id of each class by ILSVRC2012_ID; the table also lists the groups above the classes."""
     from scipy.io import loadmat
 
     try:

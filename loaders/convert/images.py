@@ -43,7 +43,7 @@ _FRAME = struct.Struct(">BHHB")  # precision, height, width, components
 
 
 class BadImage(ValueError):
-    """This file cannot be stored; the message is the reason given in the list of skipped files."""
+    """A file that cannot be stored; the message is the reason given in the list of skipped files."""
 
 
 class Stored(NamedTuple):
@@ -57,7 +57,7 @@ class Stored(NamedTuple):
 
 
 class JpegHead(NamedTuple):
-    """What the markers before the first scan say. `sof`: the frame's marker (0xC0 baseline ... 0xCF)."""
+    """Content of the markers before the first scan. `sof`: the frame's marker (0xC0 baseline ... 0xCF)."""
 
     height: int
     width: int
@@ -68,7 +68,7 @@ class JpegHead(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Every reader decodes it to upright RGB: 8 bit, gray or three colours, Huffman-coded, not turned."""
+        """True if every reader decodes it to upright RGB: 8 bit, gray or three colours, Huffman-coded, not turned."""
         return (
             self.precision == 8
             and self.components in (1, 3)

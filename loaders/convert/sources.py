@@ -1,4 +1,4 @@
-"""What fastssl-convert can read: `open_source` turns the SRC argument into a `Source` of labelled images.
+"""Sources of fastssl-convert: `open_source` turns the SRC argument into a `Source` of labelled images.
 
 A source knows how many images it has, their names, labels and classes before any pixel is read; `read(i)` then returns
 the content of one image file. Labels are positions in the sorted class names, so that train and val agree.
@@ -47,7 +47,7 @@ class Source:
         return [0] * len(self)
 
     def name(self, i: int) -> str:
-        """What to call image i in the list of skipped files."""
+        """Name of image i in the list of skipped files."""
         raise NotImplementedError
 
     def read(self, i: int, buffer: memoryview | None = None) -> tuple[bytes | memoryview | Image.Image, int]:
@@ -198,11 +198,11 @@ class FileSource(Source):
         return labels
 
     def _tag(self, i: int) -> str | None:
-        """What the .cls beside image i says."""
+        """Content of the .cls file beside image i."""
         return self._tags.get((self._container_of[i], _key(self._members[i].path)))
 
     def _webdataset_labels(self) -> list[int]:
-        """Labels from `key.cls`: numbers as they are, anything else as names of classes. -1: none; sets `classes`."""
+        """Labels from `key.cls`: numbers are labels, anything else names of classes. -1: none; sets `classes`."""
         tags = [self._tag(i) for i in range(len(self._members))]
         self.unusable += [(self.name(i), "has no .cls beside it") for i, tag in enumerate(tags) if tag is None]
         known = {tag for tag in tags if tag is not None}
@@ -229,7 +229,7 @@ def _suffix(path: str) -> str:
 
 
 def _key(path: str) -> str:
-    """WebDataset: the files of a sample share their path up to the first dot of the name."""
+    """Key of a WebDataset sample: its files share their path up to the first dot of the name."""
     folder, _, name = path.rpartition("/")
     return f"{folder}/{name.split('.', 1)[0]}"
 
