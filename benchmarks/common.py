@@ -370,7 +370,7 @@ def table(
     cells = [[row[c] if isinstance(c, str) else c(row) for c in columns.values()] for row in rows]
     for number, (header, column) in enumerate(columns.items()):
         text = isinstance(column, str) and all(isinstance(cell[number], str) for cell in cells)
-        out.add_column(header, justify="left" if text else "right", no_wrap=True)
+        out.add_column(header, justify="left" if text else "right", no_wrap=text)
     for line in cells:
         out.add_row(*(cell if isinstance(cell, str) else shown(cell) for cell in line))
     return out

@@ -16,7 +16,6 @@ import torch
 
 from loaders.augment import DeviceAugment, divide
 from loaders.batch import Slot, Views, empty_images
-from loaders.job import Job
 from loaders.machine import thread_pool
 from loaders.stats import Stats
 from loaders.views import ViewSpec
@@ -42,11 +41,11 @@ class Augmenter:
         """Memory for a batch, around that of its crops."""
         return Slot(crops, [])
 
-    def prepare(self, job: Job, slot: Slot) -> None:
-        """Get ready for the rows of a job, before the backend starts on them."""
+    def prepare(self, slot: Slot) -> None:
+        """Get ready for the job in a slot, before the backend starts on it."""
 
-    def finish(self, job: Job, slot: Slot) -> Views:
-        """The views and tiles of a job whose crops are whole; on a device, launched on the current stream."""
+    def finish(self, slot: Slot) -> Views:
+        """The views and tiles of a slot's job, whose crops are whole; on a device, launched on the current stream."""
         raise NotImplementedError
 
     def wait(self, slot: Slot) -> None:
@@ -59,9 +58,8 @@ class Augmenter:
 class CropsOnly(Augmenter):
     """Hands on the uint8 crops in place of views."""
 
-    def finish(self, job: Job, slot: Slot) -> Views:
-        del slot
-        return list(job.crops), None
+    def finish(self, slot: Slot) -> Views:
+        return list(slot.job.crops), None
 
 
 @dataclass(kw_only=True)
@@ -77,8 +75,8 @@ class ReadyMade(Augmenter):
         views = [v.to(self.device, self.dtype, memory_format=torch.channels_last) for v in views]
         return Slot(crops, views, [divide(v, n) for v in views] if n > 1 else None)
 
-    def finish(self, job: Job, slot: Slot) -> Views:
-        return slot.filled(len(job.index_B))
+    def finish(self, slot: Slot) -> Views:
+        return slot.filled()
 
 
 class InWorkers(Augmenter):
@@ -90,12 +88,12 @@ class InWorkers(Augmenter):
         tiles = [empty_images(n * n * B, s // n, self.dtype, self.device) for s in sizes] if n > 1 else None
         return Slot(crops, views, tiles)
 
-    def prepare(self, job: Job, slot: Slot) -> None:
-        job.views, job.tiles = slot.filled(len(job.index_B))
-        job.prepare()
+    def prepare(self, slot: Slot) -> None:
+        slot.job.views, slot.job.tiles = slot.filled()
+        slot.job.prepare()
 
-    def finish(self, job: Job, slot: Slot) -> Views:
-        return slot.filled(len(job.index_B))
+    def finish(self, slot: Slot) -> Views:
+        return slot.filled()
 
 
 @dataclass(kw_only=True)
@@ -107,15 +105,15 @@ class InPool(InWorkers):
     def __post_init__(self) -> None:
         self.pool = thread_pool(self.workers, "augment")
 
-    def finish(self, job: Job, slot: Slot) -> Views:
+    def finish(self, slot: Slot) -> Views:
         def work(rows: range) -> None:
             start = time.thread_time()
-            job.augment_rows(rows)
+            slot.job.augment_rows(rows)
             self.stats.add(augment=time.thread_time() - start)
 
-        rows = range(len(job.index_B))
+        rows = range(len(slot.job.index_B))
         list(self.pool.map(work, (rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS))))
-        return super().finish(job, slot)
+        return super().finish(slot)
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -128,11 +126,11 @@ class OnDevice(Augmenter):
         self.stream = torch.cuda.Stream(self.device)
         self.augment = DeviceAugment(self.spec, self.device, self.dtype)
 
-    def finish(self, job: Job, slot: Slot) -> Views:
+    def finish(self, slot: Slot) -> Views:
         start = time.thread_time()
         stream = torch.cuda.current_stream(self.device)
         begin = stream.record_event(torch.cuda.Event(enable_timing=True))
-        made = self.augment(job.crops, job.draws)
+        made = self.augment(slot.job.crops, slot.job.draws)
         slot.used = (begin, stream.record_event(torch.cuda.Event(enable_timing=True)))
         self.stats.add(copy=time.thread_time() - start)
         return made
@@ -142,4 +140,5 @@ class OnDevice(Augmenter):
             begin, end = slot.used
             end.synchronize()  # the producer's thread waits, not the one that trains
             self.stats.add(device=begin.elapsed_time(end) / 1000)
-            slot.used = slot.job = None
+            slot.used = None
+            del slot.job  # and with it a backend's own crops

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from loaders.backends.base import Pending
     from loaders.job import Job
 
 
@@ -32,7 +33,7 @@ class Batch:
 
 @dataclass
 class Slot:
-    """Memory for one batch: allocated when a loader is opened, filled again and again."""
+    """Memory for one batch, allocated when a loader is opened, and the batch that is in it."""
 
     crops: list[torch.Tensor]
     """uint8, on the backend's device; pinned if they will be copied to a GPU; none if the backend has its own."""
@@ -40,13 +41,20 @@ class Slot:
     """Normalised, where they are made on the host; else none."""
     tiles: list[torch.Tensor] | None = None
     """Their tiles, if the method asks for tiles."""
-    used: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    job: Job = field(init=False)
+    """The batch while it is made; keeps a backend's own crops alive until the device has used them."""
+    work: Pending = field(init=False)
+    """The backend's work on the job."""
+    batch: Batch = field(init=False)
+    """The batch for the caller."""
+    event: torch.cuda.Event | None = field(default=None, init=False)
+    """The point on the producer's stream from which the batch may be used."""
+    used: tuple[torch.cuda.Event, torch.cuda.Event] | None = field(default=None, init=False)
     """Begin and end of the device's work on the crops."""
-    job: Job | None = None
-    """The batch's job: keeps a backend's own crops alive until the device has used them."""
 
-    def filled(self, num: int) -> Views:
-        """The views and tiles of the first `num` images."""
+    def filled(self) -> Views:
+        """The views and tiles of as many images as the job has."""
+        num = len(self.job.index_B)
         tiles = self.tiles and [t[: len(t) // len(v) * num] for t, v in zip(self.tiles, self.views, strict=True)]
         return [v[:num] for v in self.views], tiles
 

@@ -13,35 +13,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 
 import torch
 
 from loaders.augmenter import Augmenter
-from loaders.backends.base import Backend, Failed, Pending
+from loaders.backends.base import Backend, Failed
 from loaders.batch import Batch, Slot, empty_images
 from loaders.job import Job
 from loaders.order import BatchIds, EpochEnd, Order
 from loaders.read_ahead import ReadAhead
-
-
-@dataclass
-class _Started:
-    """A batch in the hands of the backend."""
-
-    slot: Slot
-    job: Job
-    work: Pending
-
-
-@dataclass
-class _Finished:
-    """A batch for the caller. `event`: the point on the producer's stream from which its tensors may be used."""
-
-    slot: Slot
-    job: Job
-    batch: Batch
-    event: torch.cuda.Event | None
 
 
 class _Run:
@@ -56,8 +36,8 @@ class _Run:
         self.ahead = False  # the caller will take the epoch after this one
         self.stopping = False
         self.free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
-        self.ready: queue.SimpleQueue[_Finished | EpochEnd | BaseException] = queue.SimpleQueue()
-        self.pending: deque[_Started | EpochEnd] = deque()
+        self.ready: queue.SimpleQueue[Slot | EpochEnd | BaseException] = queue.SimpleQueue()
+        self.pending: deque[Slot | EpochEnd] = deque()  # in the hands of the backend
         self.thread: threading.Thread | None = None
         for slot in slots:
             self.free.put(slot)
@@ -111,13 +91,13 @@ class Producer:
                 yield self._received(item)
                 if self.augmenter.late:  # the caller may still hold the batch while the next one is made
                     item.batch.views, item.batch.tiles = [], None
-                run.free.put(item.slot)
+                run.free.put(item)
             run.next = (epoch + 1, 0) if item.another else None
         finally:
             if run.next is None:  # left in mid-epoch, or no other epoch follows
                 run.stop()
 
-    def _next_item(self, run: _Run) -> _Finished | EpochEnd:
+    def _next_item(self, run: _Run) -> Slot | EpochEnd:
         start = time.perf_counter()
         item = run.ready.get()
         self.backend.stats.add(wait=time.perf_counter() - start)
@@ -125,17 +105,17 @@ class Producer:
             raise item
         return item
 
-    def _received(self, item: _Finished) -> Batch:
-        """The batch, safe to use on the caller's stream."""
-        batch, late = item.batch, self.augmenter.late
-        if item.event is not None:
+    def _received(self, slot: Slot) -> Batch:
+        """The batch in a slot, safe to use on the caller's stream."""
+        batch, late = slot.batch, self.augmenter.late
+        if slot.event is not None:
             stream = torch.cuda.current_stream(self.augmenter.device)
-            stream.wait_event(item.event)
-            for tensor in [*batch.views, *(batch.tiles or []), *(item.job.crops if late else [])]:
+            stream.wait_event(slot.event)
+            for tensor in [*batch.views, *(batch.tiles or []), *(slot.job.crops if late else [])]:
                 if tensor.is_cuda:
                     tensor.record_stream(stream)
         if late:
-            batch.views, batch.tiles = self.augmenter.finish(item.job, item.slot)
+            batch.views, batch.tiles = self.augmenter.finish(slot)
         return batch
 
     def stop(self) -> None:
@@ -164,7 +144,8 @@ class Producer:
                     slot = self._free_slot(run)
                     if slot is None:
                         return
-                    run.pending.append(self._started(slot, ids))
+                    self._start(slot, ids)
+                    run.pending.append(slot)
                 while run.pending and not run.stopping:
                     self._publish(run)
         except BaseException as error:
@@ -174,7 +155,7 @@ class Producer:
             # Nobody may write into a slot after this thread has ended.
             for item in run.pending:
                 with contextlib.suppress(BaseException):
-                    if isinstance(item, _Started):
+                    if isinstance(item, Slot):
                         item.work.wait()
 
     def _coming(self, run: _Run) -> Generator[BatchIds | EpochEnd, None, None]:
@@ -213,9 +194,10 @@ class Producer:
             return slot
         return None
 
-    def _started(self, slot: Slot, ids: BatchIds) -> _Started:
+    def _start(self, slot: Slot, ids: BatchIds) -> None:
+        """Begin a batch in a slot."""
         backend = self.backend
-        job = Job(
+        slot.job = Job(
             backend.reader,
             backend.spec,
             ids.index_B,
@@ -226,24 +208,20 @@ class Producer:
             on_bad_sample=self.on_bad_sample,
             ready_made=backend.ready_made,
         )
-        self.augmenter.prepare(job, slot)
+        self.augmenter.prepare(slot)
         try:
-            return _Started(slot, job, backend.start(job))
+            slot.work = backend.start(slot.job)
         except Exception as error:
-            return _Started(slot, job, Failed(error))
+            slot.work = Failed(error)
 
     def _publish(self, run: _Run) -> None:
         """Hand the oldest batch over to the caller, once it is whole."""
         item = run.pending[0]
-        if isinstance(item, EpochEnd):
-            run.ready.put(item)
-        else:
+        if isinstance(item, Slot):
             item.work.wait()
-            job, slot = item.job, item.slot
-            slot.job = job
-            views, tiles = ([], None) if self.augmenter.late else self.augmenter.finish(job, slot)
-            stream = self.augmenter.stream
-            event = stream.record_event() if stream is not None else None
-            batch = Batch(views, tiles, torch.from_numpy(job.index_B), torch.from_numpy(job.label_B))
-            run.ready.put(_Finished(slot, job, batch, event))
+            views, tiles = ([], None) if self.augmenter.late else self.augmenter.finish(item)
+            stream, job = self.augmenter.stream, item.job
+            item.event = stream.record_event() if stream is not None else None
+            item.batch = Batch(views, tiles, torch.from_numpy(job.index_B), torch.from_numpy(job.label_B))
+        run.ready.put(item)
         run.pending.popleft()

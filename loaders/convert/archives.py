@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
 import os
 import shutil
@@ -21,12 +20,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from loaders.errors import UserError
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 __all__ = ["Container", "Folder", "Member", "Tar", "Zip", "open_container"]
 
@@ -206,7 +202,7 @@ def _unpacked(path: Path, opener: Callable[..., Any], scratch: Path | None) -> B
     return file
 
 
-def _tar_members(file: BinaryIO, prefix: str, base: int = 0) -> Iterator[Member]:
+def _tar_members(file: IO[bytes], prefix: str, base: int = 0) -> Iterator[Member]:
     """Regular files of the tar that `file` holds, which begins at `base` of the outermost file; offsets there."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (info := tar.next()) is not None:
@@ -216,38 +212,10 @@ def _tar_members(file: BinaryIO, prefix: str, base: int = 0) -> Iterator[Member]
             if not info.isreg() or info.sparse is not None or _hidden(path):
                 continue
             if path.lower().endswith(".tar"):
-                inner = io.BufferedReader(_Window(file, info.offset_data, info.size))
-                yield from _tar_members(inner, path[: -len(".tar")] + "/", base + info.offset_data)
+                if (inner := tar.extractfile(info)) is not None:
+                    yield from _tar_members(inner, path[: -len(".tar")] + "/", base + info.offset_data)
             else:
                 yield Member(path, base + info.offset_data, info.size)
-
-
-class _Window(io.RawIOBase):
-    """Part of a seekable file as a file of its own."""
-
-    def __init__(self, file: BinaryIO, offset: int, size: int):
-        self._file, self._offset, self._size, self._at = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Buffer) -> int:
-        view = memoryview(buffer)
-        self._file.seek(self._offset + self._at)
-        content = self._file.read(min(len(view), max(0, self._size - self._at)))
-        view[: len(content)] = content
-        self._at += len(content)
-        return len(content)
 
 
 class Zip(Container):
