@@ -119,6 +119,7 @@ class InPool(InWorkers):
         self.pool.shutdown()
 
 
+@dataclass(kw_only=True)
 class OnDevice(Augmenter):
     """Views in a GPU's memory, made there by its own kernels."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -14,8 +16,11 @@ import torch
 from conftest import overwrite, write_beton
 
 import loaders
-from loaders import UserError
+from loaders import UserError, augmenter, producer
+from loaders.augment import DeviceAugment
+from loaders.batch import empty_images
 from loaders.job import BadSample
+from loaders.views import View
 
 SPEC = loaders.views.simsiam(3, 40)
 
@@ -193,6 +198,54 @@ def test_options_that_make_no_sense(beton: Path, options: dict, message: str) ->
 def test_what_an_import_does_not_pull_in(modules: str, absent: str) -> None:
     code = f"import sys, {modules}; sys.exit(any(f'{{m}}.'.startswith('{absent}.') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+class Nothing:
+    """Stands in for a CUDA stream and for an event."""
+
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def record_event(self, event: object = None) -> object:
+        return event or Nothing()
+
+    def wait_event(self, _event: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, _end: object) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("views_ahead", [True, False])
+def test_a_batch_on_its_way_to_a_gpu(beton: Path, monkeypatch: pytest.MonkeyPatch, views_ahead: bool) -> None:
+    """Which thread makes what and when slots are free again; streams, pinned memory and compiling are left out."""
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    monkeypatch.setattr(augmenter, "DeviceAugment", lambda spec, _device, dtype: DeviceAugment(spec, "cpu", dtype))
+    monkeypatch.setattr(producer, "empty_images", lambda *shape, **_: empty_images(*shape))
+    options = {"batch_size": 8, "backend": "cpu"}
+    host = collect(beton, **options)
+    device = collect(beton, device="cuda", views_ahead=views_ahead, **options)
+    assert host.keys() == device.keys()
+    assert all((a - b).abs().max() < 1e-3 for i in host for a, b in zip(host[i], device[i], strict=True))
+    with loaders.open(beton, SPEC, device="cuda", views_ahead=views_ahead, **options) as loader:
+        assert loader.memory().batches == (4 if views_ahead else 1)
+        assert [len(b.index) for b in itertools.islice(loader.endless(), 13)] == [8] * 13
+        assert loader.stats.device > 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "resident"])
+def test_crops_alone(beton: Path, backend: str) -> None:
+    plain = dataclasses.replace(SPEC, views=tuple(View(v.size, scale=v.scale) for v in SPEC.views))
+    plain = dataclasses.replace(plain, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    crops = collect(beton, batch_size=8, backend=backend, spec=SPEC, augment=False)
+    views = collect(beton, batch_size=8, backend=backend, spec=plain)
+    assert crops.keys() == views.keys() and next(iter(crops.values()))[0].dtype == torch.uint8
+    assert all((c.float() - v).abs().max() < 1e-3 for i in crops for c, v in zip(crops[i], views[i], strict=True))
 
 
 @pytest.mark.gpu
