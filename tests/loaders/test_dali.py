@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg_bytes, overwrite, photo, write_beton
+from conftest import overwrite, write_beton
 
 dali = pytest.importorskip("nvidia.dali")
 
 from loaders import UserError, ViewSpec  # noqa: E402
-from loaders.backends import cpu  # noqa: E402
 from loaders.backends import dali as backend_module  # noqa: E402
 from loaders.backends.dali import Backend  # noqa: E402
 from loaders.beton import MODE_RAW, Reader, Writer  # noqa: E402
@@ -198,23 +197,6 @@ def test_an_error_stays_with_its_batch(tmp_path: Path) -> None:
     backend.close()
 
 
-def test_a_picture_larger_than_recorded_is_noticed(tmp_path: Path) -> None:
-    """Its boxes lie inside, so nothing raises by itself."""
-    path, rng = tmp_path / "larger.beton", np.random.default_rng(0)
-    with Writer(path, 4) as writer:
-        for i in range(4):
-            writer.add(jpeg_bytes(photo(rng, 60, 70)), 60, 70 - 5 * (i == 2), 0)
-    backend = open_backend(path)
-    with pytest.raises(BadSample, match=r"sample 2 of .* decodes to \(60, 70\), the file says \(60, 65\)"):
-        backend.start(make_job(backend, [0, 1, 2, 3])).wait()
-    job = make_job(backend, [0, 1, 2, 3], on_bad_sample="skip")
-    with pytest.warns(UserWarning, match="replaced by the next sample"):
-        backend.start(job).wait()
-    assert job.index_B.tolist() == [0, 1, 3, 3]
-    assert_same([c[2] for c in job.crops], [c[3] for c in job.crops])
-    backend.close()
-
-
 def test_what_only_dali_refuses_is_decoded_here(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(backend, [4, 5, 6])
     expected, encoded = crops_of(backend, job), backend_module.encoded
@@ -232,20 +214,6 @@ def test_what_only_dali_refuses_is_decoded_here(backend: Backend, monkeypatch: p
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-def test_gpu_crops_are_the_cpu_backends(gpu_backend: Backend) -> None:
-    reader, index = gpu_backend.reader, list(range(8))
-    host = cpu.Backend(reader, SPEC, batch_size=8, device=CPU, workers=1, stats=Stats())
-    reference, job = make_job(gpu_backend, index), make_job(gpu_backend, index)
-    reference.crops = [torch.empty(8, s, s, 3, dtype=torch.uint8).permute(0, 3, 1, 2) for s in SPEC.sizes]
-    host.start(reference).wait()
-    gpu_backend.start(job).wait()
-    for ours, theirs in zip(job.crops, reference.crops, strict=True):
-        assert ours.device.type == "cuda" and ours.is_contiguous(memory_format=torch.channels_last)
-        assert (ours.cpu().float() - theirs.float()).abs().mean() < 1
-    host.close()
 
 
 @pytest.mark.gpu
