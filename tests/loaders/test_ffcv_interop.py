@@ -95,9 +95,8 @@ def load_ffcv(path, os_cache=True):
     threads = torch.get_num_threads()
     pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
     options = {"order": OrderOption.SEQUENTIAL, "drop_last": False, "num_workers": 1, "os_cache": os_cache}
-    batches = [
-        (np.array(x), np.array(y)[:, 0]) for x, y in Loader(str(path), num_per_batch, pipelines=pipelines, **options)
-    ]
+    loader = Loader(str(path), 8, pipelines=pipelines, **options)
+    batches = [(np.array(images), np.array(labels)[:, 0]) for images, labels in loader]
     torch.set_num_threads(threads)
     return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches]).tolist()
 
