@@ -38,7 +38,7 @@ import torch
 
 from loaders.checks import at_least, need
 from loaders.errors import UserError, unknown
-from loaders.machine import usable_cores
+from loaders.machine import peak_host_memory, usable_cores
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -322,14 +322,9 @@ def serve() -> None:
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory of this process and its living workers, MB (pages they share count in each); NaN where
-    /proc does not tell. (getrusage's ru_maxrss would: but it is inherited from whoever started the process.)"""
+    """Peak resident memory of this process and its living workers, MB (pages they share count in each)."""
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-    try:
-        status = [Path(f"/proc/{pid}/status").read_text().split() for pid in pids]
-        return sum(1024 * int(words[words.index("VmHWM:") + 1]) for words in status) / 1e6
-    except (OSError, ValueError):
-        return float("nan")
+    return sum(map(peak_host_memory, pids)) / 1e6
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

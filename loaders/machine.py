@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,3 +43,13 @@ def bytes_free(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return 0  # unknown: `auto` will not take it
+
+
+def peak_host_memory(pid: int | None = None) -> int:
+    """The most memory that a process, this one unless given, has had resident, bytes; 0 where nothing tells."""
+    try:  # Linux's ru_maxrss begins with the parent's peak; this does not
+        status = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak if pid in (None, os.getpid()) else 0

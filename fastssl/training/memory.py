@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import resource
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +20,7 @@ from fastssl.training.step import Step
 from loaders import Batch, Loader
 from loaders.errors import UserError
 from loaders.machine import bytes_free
+from loaders.machine import peak_host_memory as peak_host_memory
 
 _SHARE = 0.95  # of the memory may be planned for; what is left is lost between the allocator's blocks
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # torch's own error, and that of CUDA's libraries
@@ -142,15 +140,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _tensors(state: dict) -> Iterable[Tensor]:
     """Those of an optimiser."""
     return (value for values in state.values() for value in values.values() if isinstance(value, Tensor))
-
-
-def peak_host_memory() -> int:
-    """The most memory that this process has had resident, bytes."""
-    try:  # Linux's ru_maxrss begins with the parent's peak; this does not
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ------------------------------------------------------------------ out of memory
