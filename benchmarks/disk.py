@@ -2,7 +2,7 @@
 
     python -m benchmarks.disk --data TRAIN.beton [--page-windows 16 64 256] [--images 4096] [--repeats 5] [--json FILE]
 
-Mixing: the entropy of the labels in a batch, in bits, on the file as it is and on a file like ImageNet (1.28 million
+Mixing: the entropy of the labels in a batch, in bits, on the file itself and on a file like ImageNet (1.28 million
 images of 110 KB sorted by class), against an order that is random throughout. A class-sorted file read in its own order
 has 0 bits: batches of one class.
 
@@ -39,7 +39,7 @@ CONTESTANTS = ("random", "random, no read-ahead", "page", "page, no read-ahead",
 
 @dataclass(kw_only=True)
 class Config(Common):
-    """How well orders mix and how fast a cold disk serves them."""
+    """Options."""
 
     images: int = 4096
     """Images read per round."""

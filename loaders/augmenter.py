@@ -1,4 +1,4 @@
-"""Where the crops of a batch become views: one of these classes, chosen when a loader is opened.
+"""Augmenters: one of these classes, chosen when a loader is opened, turns the crops of a batch into views.
 
 on the host         InWorkers   the backend's threads, each image while it is in the core's cache
                     InPool      threads of their own, after a backend that only crops

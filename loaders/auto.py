@@ -1,4 +1,4 @@
-"""Which backend is best here, on this very file: measured, said in one line, remembered beside the data.
+"""Choice of the backend: measured here on this very file, explained in one line, remembered beside the data.
 
 A data set that fits into memory decoded needs no decoder. Otherwise each backend that can run here cuts the views of
 real batches for a second. Beside a GPU the one with the most images per second wins, but the CPU's by default, because

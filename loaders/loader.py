@@ -111,13 +111,7 @@ class Loader:
         self.choice: auto.Choice | None = None  # what `auto` chose, and why
         if backend == "auto":
             self.choice = auto.choose(
-                reader,
-                views,
-                batch_size=batch_size,
-                device=self.device,
-                workers=self.workers,
-                order=order,
-                world=world,
+                reader, views, batch_size=batch_size, device=self.device, workers=self.workers, order=order, world=world
             )
             backend = self.choice.backend
         self.backend = backends.load(backend, self.device)(

@@ -1,4 +1,4 @@
-"""Which samples, in which order: pure functions, so resuming in mid-epoch needs two integers (epoch and step).
+"""Orders of samples: pure functions, so resuming in mid-epoch needs two integers (epoch and step).
 
     random       one permutation of all samples
     page         pages of the file in random order, samples shuffled within a window of pages: a hard disk reads

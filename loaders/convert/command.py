@@ -145,8 +145,8 @@ def convert(config: ConvertConfig, progress: Callable[[int, int], None] | None =
     started = time.monotonic()
     _check_options(config)
     _check_out(config)
-    options = {name: getattr(config, name) for name in ("subdir", "devkit", "root", "seed")}
-    with contextlib.closing(open_source(config.src, **options, scratch=config.out.parent)) as source:
+    places = {"devkit": config.devkit, "root": config.root, "scratch": config.out.parent}
+    with contextlib.closing(open_source(config.src, subdir=config.subdir, seed=config.seed, **places)) as source:
         summary = Summary(classes=source.classes, ignored=source.ignored)
         if config.strict and source.unusable:
             raise UserError("{}: {} (--strict)".format(*source.unusable[0]))

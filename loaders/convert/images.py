@@ -1,4 +1,4 @@
-"""One image file -> what the .beton stores: the JPEG as it is, or upright 8-bit RGB in a form every reader knows.
+"""An image file -> what the .beton stores: the unchanged JPEG, or upright 8-bit RGB in a form every reader knows.
 
 A plain JPEG (8 bit, gray or three colours, baseline or progressive, not turned by EXIF) keeps its bytes. Everything
 else is decoded by Pillow: CMYK, 16 bit, palettes, other formats. Transparency is composited on white, the first frame
