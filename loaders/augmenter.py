@@ -56,7 +56,7 @@ class Augmenter:
 
 
 class CropsOnly(Augmenter):
-    """Hands on the uint8 crops in place of views."""
+    """Hands on the uint8 crops in place of views; crops on a GPU are for its default stream."""
 
     def finish(self, slot: Slot) -> Views:
         return list(slot.job.crops), None
