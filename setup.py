@@ -1,18 +1,24 @@
 """Packaging of fastssl. The distribution is called `fastssl-pretrain` because `fastssl` on PyPI is something else."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+# Read as text: importing the package needs what it depends on.
+VERSION = re.search(r'^__version__ = "(.+?)"', (HERE / "loaders/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+
 setup(
     name="fastssl-pretrain",
-    version="0.1.0",
+    version=VERSION[1],
     description="Self-supervised pre-training of image backbones on one consumer GPU",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["fastssl", "fastssl.*", "loaders", "loaders.*"]),
+    package_data={"fastssl": ["py.typed"], "loaders": ["py.typed"]},
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
@@ -20,6 +26,7 @@ setup(
         "timm>=1.0",  # every backbone that torchvision lacks
         "numpy>=1.26",
         "pillow>=10",  # image formats other than JPEG, when converting
+        "bracex>=2.4",  # names of shards: part-{00..15}.beton
         "tyro>=0.9.28",  # command lines from typed dataclasses
         "rich>=13",
         "pyyaml>=6",

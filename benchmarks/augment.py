@@ -1,4 +1,4 @@
-"""What augmentation costs: every operation alone and whole recipes, ours and the peers, against the memory's speed.
+"""The cost of augmentation: every operation alone and whole recipes, ours and the peers, against the memory's speed.
 
     python -m benchmarks.augment --data TRAIN.beton [--device cuda] [--num-views 4] [--size 224] [--json FILE]
     python -m benchmarks.augment --data TRAIN.beton --workloads blur simsiam --only copy rows kornia
@@ -21,7 +21,7 @@ On a CPU both peers get their batches in pieces of 2.4 MB of floats (4 images of
 
 Operations run on every image (p = 1); recipes are `simsiam`, `byol-second` (solarize), `dino-local` (96 px) and
 `cifar` (32 px). Time is CPU time of one core with --device cpu, else the GPU's own time between events, where a round
-is 20 times --images, so that neither it is too short nor its crops fit into a cache. `x ours` is over `rows`, on a
+is 20 times --images, so that neither is it too short nor do its crops fit into a cache. `x ours` is over `rows`, on a
 GPU over `device`.
 """
 
@@ -40,10 +40,10 @@ import torch
 from rich.table import Table
 
 from benchmarks import common
-from benchmarks.common import Report, Run, chosen, figure, interleave, not_installed, ratio, shown, spread, timed_on
-from benchmarks.contestants import backend_crops
+from benchmarks.common import Report, Run, chosen, figure, interleave, not_installed, ratio, spread, table, timed_on
+from benchmarks.contestants import ours
 from loaders import views
-from loaders.augment import DeviceAugment, augment, augment_rows, plan, to_tensors
+from loaders.augment import DeviceAugment, augment, augment_rows, operations, to_tensors
 from loaders.draw import Draws, draw
 from loaders.errors import UserError, unknown
 from loaders.views import View, ViewSpec
@@ -66,11 +66,11 @@ class AugmentOptions(common.CommonOptions):
     workloads: tuple[str, ...] = ()
     """Operations and recipes to measure; all unless given."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Of the views; auto: float32 on a CPU, float16 on a GPU."""
+    """Number format of the views; auto: float32 on a CPU, float16 on a GPU."""
 
 
 def workloads(size: int) -> dict[str, View]:
-    """What is measured, as views: operations alone in views of `size` px, and recipes."""
+    """Views to measure: operations alone in views of `size` px, and recipes."""
     strength = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
     single = {name: View(size, jitter_p=1, **{name: value}) for name, value in strength.items()}
     return {
@@ -104,11 +104,11 @@ class Work:
 
     @property
     def bytes_per_view(self) -> int:
-        """That any way of doing it has to read and write."""
+        """Bytes that any implementation has to read and write per view."""
         return 3 * self.view.size**2 * (1 + self.dtype.itemsize)
 
     def pieces(self, crop_B3SS: torch.Tensor) -> Sequence[torch.Tensor]:
-        """A batch as the peers get it."""
+        """The batch in pieces, as the peers get it."""
         return crop_B3SS.split(max(1, PIECE_FLOATS // (3 * self.view.size**2))) if self.on_cpu else [crop_B3SS]
 
     @property
@@ -117,7 +117,7 @@ class Work:
 
     @property
     def num_copies(self) -> int:
-        """Of the large buffer, each read and written once: as many bytes as a round has to move, or somewhat more."""
+        """Copies of the large buffer that move as many bytes as a round has to move, or somewhat more."""
         return -(-self.num_views * self.bytes_per_view // (2 * COPY_BYTES[self.device.type]))
 
     def through(self, step: Callable[[list[torch.Tensor], list[Draws]], list[torch.Tensor]]) -> Function:
@@ -152,7 +152,7 @@ def real_crops(config: AugmentOptions, size: int, num_views: int) -> list[list[t
     steps = max(1, CACHE_BYTES // (3 * size**2 * config.batch_size * num_views))
     images = min(steps, _num_images(config) // config.batch_size) * config.batch_size
     options = dataclasses.replace(config, device="cpu", images=images, size=size)
-    return [[c.clone() for c in crops] for crops in backend_crops("cpu", options, num_views, 1)(0)]
+    return [[c.clone() for c in crops] for crops in ours("cpu", "crops", options, num_views, 1)(0)]
 
 
 # --- Contestants ------------------------------------------------------------------------------------------------------
@@ -171,25 +171,25 @@ def copy(work: Work) -> Function:
 
 
 def rows(work: Work) -> Function:
-    """Ours on the host."""
+    """Our form for the CPU."""
     outs = [torch.empty_like(crop, dtype=work.dtype) for crop in work.crops[0]]
 
     def step(crops: list[torch.Tensor], draws: list[Draws]) -> list[torch.Tensor]:
         for crop, drawn, out in zip(crops, draws, outs, strict=True):
-            augment_rows(crop, plan(drawn, work.view), work.view, MEAN, STD, range(len(crop)), out)
+            augment_rows(crop, operations(drawn, work.view), work.view, MEAN, STD, range(len(crop)), out)
         return outs
 
     return work.through(step)
 
 
 def device(work: Work) -> Function:
-    """Ours on the device, as the loader does it."""
+    """Our form for a GPU, called as the loader calls it."""
     augment_all = DeviceAugment(ViewSpec((work.view,) * len(work.crops[0])), work.device, work.dtype)
     return work.through(lambda crops, draws: augment_all(crops, draws)[0])
 
 
 def kernel(work: Work) -> Function:
-    """Ours on the device without the host's part."""
+    """Our form for a GPU without the host's part."""
     params = {id(d): to_tensors(d, work.view, work.device) for draws in work.draws for d in draws}
     function = functools.partial(augment, view=work.view, mean=MEAN, std=STD, dtype=work.dtype)
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
@@ -262,7 +262,7 @@ def torchvision_v2(work: Work) -> Function:
 
 
 def contestants(device_: torch.device) -> dict[str, Callable[[Work], Function]]:
-    """Everybody who makes sense on the device."""
+    """Contestants for the device."""
     ours = {"device": device, "kernel": kernel} if device_.type == "cuda" else {"rows": rows}
     return {"copy": copy, **ours, "kornia": kornia, "torchvision-v2": torchvision_v2}
 
@@ -297,7 +297,7 @@ def measure(config: AugmentOptions) -> Report:
             runs = interleave({who_: timed_on(on, who[who_](work)) for who_ in names}, config.repeats)
             rows_ += make_rows(name, num_views, work, runs)
         report.rows += rows_
-        report.tables.append(table(config, num_views, rows_))
+        report.tables.append(shown_table(config, num_views, rows_))
     return report
 
 
@@ -327,29 +327,27 @@ def make_rows(workload: str, num_views: int, work: Work, runs: dict[str, list[Ru
     ]
 
 
-def table(config: AugmentOptions, num_views: int, rows_: Sequence[dict[str, Any]]) -> Table:
-    """One K for people."""
-    unit = "GPU us/view" if config.device != "cpu" else "CPU us/view"
-    title = f"{num_views} x {config.batch_size} views to {config.dtype} on the {config.device}"
-    out = Table(title=title, title_justify="left")
-    for column in ("workload", "px", "contestant", unit, "min-max", "views/s", "GB/s", "% of roofline", "x ours"):
-        out.add_column(column, justify="left" if column in ("workload", "contestant") else "right")
-    num_contestants = len({row["contestant"] for row in rows_})
-    for i, row in enumerate(rows_):
-        micro = {key: 1000 * row["ms_per_view"][key] for key in ("median", "min", "max")}
-        share = row["of_roofline"]
-        out.add_row(
-            *((row["workload"], str(row["size"])) if i % num_contestants == 0 else ("", "")),
-            row["contestant"],
-            shown(micro),
-            spread(micro),
-            shown(row["views_per_s"]),
-            shown(row["gb_per_s"]),
-            shown(100 * share["median"] if share else None),
-            shown(row["over_ours"]),
-            end_section=(i + 1) % num_contestants == 0,
-        )
-    return out
+def shown_table(config: AugmentOptions, num_views: int, rows_: Sequence[dict[str, Any]]) -> Table:
+    """The figures of one K for people."""
+
+    def micro(row: dict[str, Any]) -> dict[str, float]:
+        return {key: 1000 * row["ms_per_view"][key] for key in ("median", "min", "max")}
+
+    return table(
+        f"{num_views} x {config.batch_size} views to {config.dtype} on the {config.device}",
+        rows_,
+        {
+            "workload": "workload",
+            "px": lambda row: str(row["size"]),
+            "contestant": "contestant",
+            "GPU us/view" if config.device != "cpu" else "CPU us/view": micro,
+            "min-max": lambda row: spread(micro(row)),
+            "views/s": "views_per_s",
+            "GB/s": "gb_per_s",
+            "% of roofline": lambda row: row["of_roofline"] and 100 * row["of_roofline"]["median"],
+            "x ours": "over_ours",
+        },
+    )
 
 
 if __name__ == "__main__":

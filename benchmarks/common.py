@@ -1,4 +1,4 @@
-"""What the measuring commands share: options, contestants, interleaved rounds, figures, the machine.
+"""Shared parts of the measuring commands: options, contestants, interleaved rounds, figures, the machine.
 
 A contestant is measured in rounds: every contestant once, then every one again, each round in another order, so that
 whatever else the machine does, and whatever one leaves behind for the next, meets all of them alike. The first round
@@ -32,14 +32,19 @@ import traceback
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from loaders.checks import at_least, need
 from loaders.errors import UserError, unknown
-from loaders.machine import peak_host_memory
+from loaders.machine import peak_host_memory, usable_cores
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Key = TypeVar("Key", bound=Hashable)
+Row = dict[str, Any]  # of a table and of the JSON file
 
 FILE_WIDTH = 140  # of tables that go to a file or a pipe, characters
 ROOT = Path(__file__).parent.parent
@@ -78,20 +83,17 @@ class CommonOptions:
 
     def check(self) -> None:
         """Raise UserError for values that make no sense; settle `device`."""
-        for name in ("images", "batch_size", "repeats", "size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give 1 or more")
-        for name in ("num_views", "workers"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise UserError(f"--{name.replace('_', '-')} needs values of 1 or more")
-        if self.images < self.batch_size:
-            raise UserError(f"--images {self.images} is less than a batch of {self.batch_size}")
+        at_least(self, 1, "images", "batch_size", "repeats", "size")
+        for flag, values in (("--num-views", self.num_views), ("--workers", self.workers)):
+            need(min(values, default=0) >= 1, f"{flag} needs values of 1 or more")
+        need(self.images >= self.batch_size, f"--images {self.images} is less than a batch of {self.batch_size}")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise UserError(f"--device {self.device}: give cpu, cuda or auto")
-        if self.device != "cpu" and not torch.cuda.is_available():
-            raise UserError(f"--device {self.device}: torch sees no CUDA device; use --device cpu")
+        need(self.device.partition(":")[0] in ("cpu", "cuda"), f"--device {self.device}: give cpu, cuda or auto")
+        need(
+            self.device == "cpu" or torch.cuda.is_available(),
+            f"--device {self.device}: torch sees no CUDA device; use --device cpu",
+        )
 
 
 def chosen(names: Iterable[str], config: CommonOptions) -> list[str]:
@@ -117,7 +119,7 @@ def not_installed(package: str, install: str) -> str | None:
 
 @dataclass(frozen=True)
 class Run:
-    """What one round of one contestant took."""
+    """Time that one round of one contestant took."""
 
     elapsed_s: float
     cpu_s: float
@@ -144,8 +146,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def drop_cache(*paths: Path) -> None:
+    """Throw files that nobody has mapped out of the system's page cache."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # only clean pages can go
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def timed(function: Callable[[int], object]) -> Callable[[int], Run]:
-    """`function` as a contestant in this process: it is given the number of the round."""
+    """Make a contestant of `function`, which is given the number of the round, in this process."""
 
     def run(number: int) -> Run:
         synchronize()
@@ -158,7 +168,7 @@ def timed(function: Callable[[int], object]) -> Callable[[int], Run]:
 
 
 def timed_on(device: torch.device, function: Callable[[int], object]) -> Callable[[int], Run]:
-    """As `timed`; on a GPU the elapsed time is the GPU's own, between events on the current stream."""
+    """Make a contestant like `timed`; on a GPU its elapsed time is the GPU's own, between events on the stream."""
     if device.type != "cuda":
         return timed(function)
 
@@ -196,7 +206,7 @@ Batches = Callable[[int], Iterable[object]]  # the number of the round -> its ba
 
 @dataclass(frozen=True)
 class Start:
-    """How long until the first batch: from opening the data, and from the start of the process (imports)."""
+    """Time until the first batch: from opening the data, and from the start of the process (imports)."""
 
     first_batch_s: float
     start_s: float
@@ -207,7 +217,7 @@ class Process:
 
     `build` and the arguments must pickle, `build` from a module other than __main__: importing that module is not
     part of `first_batch_s`, nor are `modules`, which are imported before.
-    Raises what `build` and its batches raise: UserError as it is, all else as RuntimeError with what it printed.
+    Raises what `build` and its batches raise: UserError unchanged, all else as RuntimeError with the output.
     """
 
     def __init__(self, build: Callable[..., Batches], *arguments: object, modules: Sequence[str] = ()):
@@ -312,13 +322,9 @@ def serve() -> None:
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory of this process and its living workers, MB (pages they share count in each); NaN where
-    /proc does not tell."""
+    """Peak resident memory of this process and its living workers, MB (pages they share count in each)."""
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-    try:
-        return sum(map(peak_host_memory, pids)) / 1e6
-    except (OSError, IndexError):
-        return float("nan")
+    return sum(map(peak_host_memory, pids)) / 1e6
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
@@ -330,7 +336,7 @@ def figure(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
-    """`over` / `under`, round by round."""
+    """Figure of `over` / `under`, round by round."""
     return figure([a / b for a, b in zip(over, under, strict=True)])
 
 
@@ -349,12 +355,28 @@ def spread(value: dict[str, Any]) -> str:
     return f"{shown(value['min'])}-{shown(value['max'])}"
 
 
+def table(
+    title: str, rows: Sequence[dict[str, Any]], columns: Mapping[str, str | Callable[[dict[str, Any]], Any]]
+) -> Table:
+    """Rows for people. `columns`: header -> key of the row, or function of the row; figures and numbers are rounded."""
+    from rich.table import Table  # not above: contestants' processes show nothing
+
+    out = Table(title=title, title_justify="left")
+    cells = [[row[c] if isinstance(c, str) else c(row) for c in columns.values()] for row in rows]
+    for number, (header, column) in enumerate(columns.items()):
+        text = isinstance(column, str) and all(isinstance(cell[number], str) for cell in cells)
+        out.add_column(header, justify="left" if text else "right", no_wrap=text)
+    for line in cells:
+        out.add_row(*(cell if isinstance(cell, str) else shown(cell) for cell in line))
+    return out
+
+
 @dataclass
 class Report:
-    """What a command found: rows for the JSON file, a table (of rich) for people, and who was left out, and why."""
+    """Result of a command: rows for the JSON file, tables (of rich) for people, and who was left out, and why."""
 
     rows: list[dict[str, Any]]
-    tables: list[Any]
+    tables: list[Table]
     skipped: dict[str, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # what else belongs into the JSON file
 
@@ -363,7 +385,7 @@ def machine() -> dict[str, Any]:
     """CPU, cores, memory, GPU, load and versions."""
     about: dict[str, Any] = {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": None,
         "load": round(os.getloadavg()[0], 2),
@@ -396,7 +418,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, '+' if files differ from it."""
+    """Commit of the checkout, with '+' if files differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
@@ -407,7 +429,7 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, name: str, config: Any, report: Report) -> None:
-    """Everything measured, with the options (a dataclass) and the machine."""
+    """Write everything measured, with the options (a dataclass) and the machine."""
     content = {
         "benchmark": name,
         "options": dataclasses.asdict(config),
@@ -422,9 +444,9 @@ def write_json(path: Path, name: str, config: Any, report: Report) -> None:
 def main(
     name: str, config_class: type[CommonOptions], measure: Callable[[Any], Report], argv: Sequence[str] | None = None
 ) -> int:
-    """A whole command: options -> measure -> table (and file). Returns the exit status.
+    """Run a whole command: options -> measure -> table (and file). Returns the exit status.
 
-    The first line of what `measure` says of itself is the command's description.
+    The first line of `measure`'s docstring is the command's description.
     """
     import tyro  # not above: contestants' processes import this module, and have no use for command lines and tables
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""Who is measured by `benchmarks.loader`: the floor, this project's backends, and the peers as their users run them.
+"""The contestants of `benchmarks.loader`: the floor, this project's backends, and the peers as their users run them.
 
 Each is a function of (config, K, workers) that opens the data and returns the batches of a round: for stage `crops`
 lists of K uint8 tensors, for stage `views` lists of K float32 tensors [B, 3, S, S] under SimSiam's augmentation
@@ -33,11 +33,8 @@ The peers, and how to get them:
 
 from __future__ import annotations
 
-import importlib
 import io
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,24 +44,23 @@ import torch
 import loaders
 from benchmarks.common import Batches, CommonOptions, not_installed
 from loaders import backends
-from loaders.backends.cpu import decode
+from loaders.backends.cpu import RESIZE, decode
+from loaders.batch import empty_images
 from loaders.beton import TYPE_IMAGE, Reader
-from loaders.dataset import open_data
+from loaders.dataset import Dataset, open_data
 from loaders.draw import draw
-from loaders.job import Job, empty_images
-from loaders.stats import Stats
+from loaders.machine import thread_pool
 
 MEAN, STD = loaders.views.IMAGENET_MEAN, loaders.views.IMAGENET_STD
 SCALE = (0.2, 1.0)  # of SimSiam's crops
 JITTER = (0.4, 0.4, 0.4, 0.1)
 SIGMA = (0.1, 2.0)
 BLUR_TAPS = 13
-AHEAD = 3  # jobs under way in a backend, as many as the loader's default
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """`whose` is floor, ours or peer; `stage` crops or views; `modules` are imported before the clock starts."""
+    """A contestant. `whose`: floor, ours or peer; `stage`: crops or views; `modules`: imported before timing."""
 
     name: str
     whose: str
@@ -75,19 +71,18 @@ class Contestant:
 
 
 def contestants() -> dict[str, Contestant]:
-    """All of them by name, whether they can run here or not."""
+    """All contestants by name, also those that cannot run here."""
 
     def nothing(_device: torch.device) -> None:
         return None
 
     found = [Contestant("floor", "floor", "crops", floor, nothing)]
     for name in backends.available():
-        backend = importlib.import_module(f"loaders.backends.{name}").Backend
-        if not getattr(backend, "ready_made", False):
-            crops = partial(backend_crops, name)
-            found.append(Contestant(f"{name}-crops", "ours", "crops", crops, backend.missing, _MODULES.get(name, ())))
-        views = partial(loader_views, name)
-        found.append(Contestant(name, "ours", "views", views, backend.missing, _MODULES.get(name, ())))
+        backend, modules = backends.find(name), _MODULES.get(name, ())
+        if not backend.ready_made:
+            crops = partial(ours, name, "crops")
+            found.append(Contestant(f"{name}-crops", "ours", "crops", crops, backend.missing, modules))
+        found.append(Contestant(name, "ours", "views", partial(ours, name, "views"), backend.missing, modules))
 
     def peer(name: str, stage: str, build: Callable, package: str = "torch", install: str = "") -> None:
         def missing(device: torch.device) -> str | None:
@@ -116,7 +111,7 @@ _MODULES = {
 }
 
 
-def indices(config: CommonOptions, reader: Reader) -> np.ndarray:
+def indices(config: CommonOptions, reader: Dataset) -> np.ndarray:
     """The samples of a round, in order: whole batches, from the start of the file again if need be."""
     return np.arange(config.images // config.batch_size * config.batch_size) % len(reader)
 
@@ -133,6 +128,7 @@ def floor(config: CommonOptions, num_views: int, workers: int) -> Batches:
     sides = {"height_B": reader.height[index], "width_B": reader.width[index]}
     boxes = [d.box_B4.tolist() for d in draw(spec, seed=0, epoch=0, index_B=index, **sides)]
     crops = [empty_images(workers, config.size, torch.uint8) for _ in range(num_views)]
+    size = (config.size, config.size)
 
     def part(rows: range, worker: int) -> None:
         for row in rows:
@@ -140,9 +136,7 @@ def floor(config: CommonOptions, num_views: int, workers: int) -> Batches:
             for box, crop in zip(boxes, crops, strict=True):
                 top, left, height, width = box[row]
                 region = image[:, :, top : top + height, left : left + width]
-                torch._C._nn._upsample_bilinear2d_aa(
-                    region, (config.size, config.size), False, out=crop[worker : worker + 1]
-                )
+                RESIZE["bilinear"](region, size, False, out=crop[worker : worker + 1])
 
     if workers == 1:
 
@@ -151,7 +145,7 @@ def floor(config: CommonOptions, num_views: int, workers: int) -> Batches:
                 part(range(start, start + config.batch_size), 0)
                 yield crops
     else:
-        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        pool = thread_pool(workers, "floor")
 
         def round_(_number: int) -> Iterator[list[torch.Tensor]]:
             list(pool.map(part, [range(w, len(index), workers) for w in range(workers)], range(workers)))
@@ -160,41 +154,8 @@ def floor(config: CommonOptions, num_views: int, workers: int) -> Batches:
     return round_
 
 
-def backend_crops(name: str, config: CommonOptions, num_views: int, workers: int) -> Batches:
-    """A backend of ours up to uint8 crops, with the order and the draws: what the host pays beside a GPU."""
-    torch.set_num_threads(1)
-    device = torch.device(config.device)
-    reader = open_data(config.data)
-    spec, stats = loaders.views.simsiam(num_views, config.size), Stats()
-    options = {"batch_size": config.batch_size, "device": device, "workers": workers, "stats": stats}
-    backend = backends.load(name, device)(reader, spec, **options)
-    ring: list[list[torch.Tensor]] = [[] for _ in range(AHEAD + 1)]
-    if not getattr(backend, "owns_crops", False):
-        pin = device.type == "cuda" and backend.device.type == "cpu"
-        shape = config.batch_size, config.size, torch.uint8, backend.device
-        ring = [[empty_images(*shape, pin=pin) for _ in range(num_views)] for _ in ring]
-    batches = indices(config, reader).reshape(-1, config.batch_size)
-
-    def round_(number: int) -> Iterator[list[torch.Tensor]]:
-        under_way: deque = deque()
-        for step in range(len(batches)):
-            new = Job.drawn(reader, spec, batches[step], ring[step % len(ring)], stats, epoch=number)
-            under_way.append((backend.start(new), new))
-            if len(under_way) == AHEAD:
-                yield _crops_of(*under_way.popleft())
-        while under_way:
-            yield _crops_of(*under_way.popleft())
-
-    return round_
-
-
-def _crops_of(pending: backends.Pending, job: Job) -> list[torch.Tensor]:
-    pending.wait()
-    return job.crops
-
-
-def loader_views(name: str, config: CommonOptions, num_views: int, workers: int) -> Batches:
-    """Our loader with one of its backends, to the end. Batches as the documentation shows: a plain loop."""
+def ours(name: str, stage: str, config: CommonOptions, num_views: int, workers: int) -> Batches:
+    """Our loader with one of its backends, to normalised views or (what the host pays beside a GPU) to uint8 crops."""
     torch.set_num_threads(1)
     reader = open_data(config.data)
     loader = loaders.Loader(
@@ -206,6 +167,7 @@ def loader_views(name: str, config: CommonOptions, num_views: int, workers: int)
         order="sequential",
         subset=indices(config, reader),
         workers=workers,
+        augment=stage == "views",
     )
     return lambda number: (batch.views for batch in loader.epoch(number))
 
@@ -229,7 +191,7 @@ class ViewsDataset(torch.utils.data.Dataset):
 
 
 class Repeated:
-    """A transform of one view, K times."""
+    """A transform of one view, applied K times."""
 
     def __init__(self, transform: Callable, num_views: int):
         self.transform, self.num_views = transform, num_views
@@ -314,7 +276,7 @@ def torchvision_v2(config: CommonOptions, num_views: int, workers: int) -> Batch
 
 
 def lightly(config: CommonOptions, num_views: int, workers: int) -> Batches:
-    """lightly's FastSiam transform as it comes."""
+    """lightly's FastSiam transform, unchanged."""
     from lightly.transforms import FastSiamTransform
 
     transform = FastSiamTransform(num_views=num_views, input_size=config.size)

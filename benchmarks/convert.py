@@ -1,4 +1,4 @@
-"""What converting costs: fastssl-convert, the copies that no converter can beat, and FFCV's writer.
+"""The cost of converting: fastssl-convert, the copies that no converter can beat, and FFCV's writer.
 
     python -m benchmarks.convert --data FOLDER [--images 10000] [--workers 1 2] [--cold] [--scratch DIR] [--json FILE]
 
@@ -35,8 +35,20 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks import common
-from benchmarks.common import Report, Run, chosen, figure, interleave, not_installed, ratio, shown, spread, timed
-from loaders.convert import command as fastssl_convert
+from benchmarks.common import (
+    Report,
+    Run,
+    chosen,
+    drop_cache,
+    figure,
+    interleave,
+    not_installed,
+    ratio,
+    spread,
+    table,
+    timed,
+)
+from loaders.convert.command import ConvertOptions, convert
 from loaders.errors import UserError
 
 BASELINES = ("cp", "cp-synced", "cp-folder", "ffcv-writer")  # whom every row is compared with
@@ -52,7 +64,7 @@ class ConvertBenchmarkOptions(common.CommonOptions):
     images: int = 10_000
     """Images to convert, at most."""
     batch_size: int = 1
-    """Means nothing here, like the other options about views."""
+    """Unused here, like the other options about views."""
     scratch: Path | None = None
     """Where the subset and the outputs go for a while; the folder above --data unless given."""
     cold: bool = False
@@ -79,14 +91,6 @@ def subset(source: Path, target: Path, num: int) -> list[Path]:
     return made
 
 
-def forget(paths: Sequence[Path]) -> None:
-    """Throw files out of the page cache."""
-    for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())  # only clean pages can go
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def sync(path: Path) -> None:
     """Wait until a file's bytes are on the disk."""
     with open(path, "rb+") as file:
@@ -104,11 +108,7 @@ class Bench:
         self.convert(self.file, workers=None, verify=False)
 
     def convert(self, out: Path, *, workers: int | None, verify: bool) -> None:
-        summary = fastssl_convert.convert(
-            fastssl_convert.ConvertOptions(
-                src=str(self.folder), out=out, workers=workers, verify=verify, overwrite=True
-            )
-        )
+        summary = convert(ConvertOptions(src=str(self.folder), out=out, workers=workers, verify=verify, overwrite=True))
         if summary.skipped:
             raise UserError("{}: {}; take it out, all contestants need whole images".format(*summary.skipped[0]))
 
@@ -138,7 +138,7 @@ class Bench:
         def measured(number: int) -> Run:
             run("sync", "-f", self.scratch)  # whatever the one before has left for the disk to do
             if self.config.cold:
-                forget([*self.files, self.file])
+                drop_cache(*self.files, self.file)
             try:
                 return timed(lambda _number: function())(number)
             finally:
@@ -158,7 +158,7 @@ def run(*command: str | Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is printed on stderr, by this process and its children."""
+    """Keep this process and its children from printing on stderr."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as null:
@@ -192,12 +192,12 @@ def measure(config: ConvertBenchmarkOptions) -> Report:
                 continue
             runs[name, 1 if name in SINGLE else workers] = bench.timed(bench.contestants(workers)[name])
         report.rows = make_rows(interleave(runs, config.repeats), len(bench.files), bench.bytes)
-        report.tables = [table(config, bench, report.rows)]
+        report.tables = [shown_table(config, bench, report.rows)]
         return report
 
 
 def make_rows(runs: dict[tuple[str, int], list[Run]], num: int, size: int) -> list[dict[str, Any]]:
-    """A row per contestant and number of workers, of rounds of `num` images of `size` bytes in all."""
+    """Rows per contestant and number of workers, of rounds of `num` images of `size` bytes in all."""
     seconds = {key: [run.elapsed_s for run in measured] for key, measured in runs.items()}
     rows = []
     for (name, workers), measured in runs.items():
@@ -216,25 +216,22 @@ def make_rows(runs: dict[tuple[str, int], list[Run]], num: int, size: int) -> li
     return rows
 
 
-def table(config: ConvertBenchmarkOptions, bench: Bench, rows: Sequence[dict[str, Any]]) -> Table:
+def shown_table(config: ConvertBenchmarkOptions, bench: Bench, rows: Sequence[dict[str, Any]]) -> Table:
     """The figures for people."""
     cache = "sources not in the page cache" if config.cold else "sources in the page cache"
-    title = f"{len(bench.files):,} images, {bench.bytes / 1e6:,.1f} MB, {cache}"
-    out = Table(title=title, title_justify="left")
-    columns = ["contestant", "workers", "MB/s", "min-max", "images/s", "CPU ms/image"]
-    for column in [*columns, *(f"x {other}" for other in BASELINES)]:
-        out.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
-    for row in rows:
-        out.add_row(
-            row["contestant"],
-            str(row["workers"]),
-            shown(row["mb_per_s"]),
-            spread(row["mb_per_s"]),
-            shown(row["images_per_s"]),
-            shown(row["cpu_ms_per_image"]),
-            *(shown(row[f"speed_over_{other}"]) for other in BASELINES),
-        )
-    return out
+    return table(
+        f"{len(bench.files):,} images, {bench.bytes / 1e6:,.1f} MB, {cache}",
+        rows,
+        {
+            "contestant": "contestant",
+            "workers": lambda row: str(row["workers"]),
+            "MB/s": "mb_per_s",
+            "min-max": lambda row: spread(row["mb_per_s"]),
+            "images/s": "images_per_s",
+            "CPU ms/image": "cpu_ms_per_image",
+            **{f"x {other}": f"speed_over_{other}" for other in BASELINES},
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.disk --data TRAIN.beton [--page-windows 16 64 256] [--images 4096] [--repeats 5] [--json FILE]
 
-Mixing: the entropy of the labels in a batch, in bits, on the file as it is and on a file like ImageNet (1.28 million
+Mixing: the entropy of the labels in a batch, in bits, on the file itself and on a file like ImageNet (1.28 million
 images of 110 KB sorted by class), against an order that is random throughout. A class-sorted file read in its own order
 has 0 bits: batches of one class.
 
@@ -13,13 +13,13 @@ file order. On a disk whose own host caches it, these figures say little about o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import itertools
 import mmap
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,23 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from benchmarks.common import CommonOptions, Report, Run, chosen, figure, interleave, main, ratio, shown, spread, timed
+from benchmarks.common import (
+    CommonOptions,
+    Report,
+    Run,
+    chosen,
+    drop_cache,
+    figure,
+    interleave,
+    main,
+    ratio,
+    spread,
+    table,
+    timed,
+)
 from loaders.beton import Reader
-from loaders.errors import UserError
-from loaders.order import page_order, random_order, sequential
+from loaders.checks import need
+from loaders.order import BatchIds, EpochEnd, Order, page_order, random_order, sequential
 from loaders.read_ahead import ReadAhead
 
 CONTESTANTS = ("random", "random, no read-ahead", "page", "page, no read-ahead", "sequential")
@@ -38,7 +51,7 @@ CONTESTANTS = ("random", "random, no read-ahead", "page", "page, no read-ahead",
 
 @dataclass(kw_only=True)
 class DiskOptions(CommonOptions):
-    """How well orders mix and how fast a cold disk serves them."""
+    """Options."""
 
     images: int = 4096
     """Images read per round."""
@@ -71,11 +84,8 @@ def mixing(config: DiskOptions) -> tuple[list[dict], Table]:
     """Entropy per batch for each order, on the file and on one like ImageNet."""
     with Reader(config.data) as reader:
         files = {config.data.name: (reader.label, reader.page), "like ImageNet": imagenet_like()}
-    table = Table(title=f"class entropy of a batch of {config.batch_size}, bits", title_justify="left")
-    table.add_column("order")
-    columns = []
+    entropy = {}
     for name, (label_N, page_N) in files.items():
-        table.add_column(name, justify="right")
         by_class = np.argsort(label_N, kind="stable")  # what a folder's converter writes without --shuffle
         label_N, n = label_N[by_class], len(label_N)
         options = {"batch_size": config.batch_size, "seed": 0, "epoch": 0}
@@ -83,26 +93,14 @@ def mixing(config: DiskOptions) -> tuple[list[dict], Table]:
         orders |= {f"page, window {w}": page_order(page_N, window=w, **options) for w in config.page_windows}
         orders["file order, sorted by class"] = sequential(n, config.batch_size)
         some = 2000  # batches say enough
-        columns.append({k: batch_entropy(itertools.islice(o, some), label_N) for k, o in orders.items()})
-    rows = []
-    for order in columns[0]:
-        values = [c[order] for c in columns]
-        table.add_row(order, *(f"{v:.2f}" for v in values))
-        rows.append({"order": order, "entropy_bits": dict(zip(files, values, strict=True))})
-    return rows, table
+        entropy[name] = {k: batch_entropy(itertools.islice(o, some), label_N) for k, o in orders.items()}
+    rows = [{"order": order, "entropy_bits": {name: entropy[name][order] for name in files}} for order in orders]
+    columns = {name: lambda row, name=name: row["entropy_bits"][name] for name in files}
+    title = f"class entropy of a batch of {config.batch_size}, bits"
+    return rows, table(title, rows, {"order": "order"} | columns)
 
 
 # --- Disk -------------------------------------------------------------------------------------------------------------
-
-
-def drop_cache(path: Path) -> None:
-    """Make the system forget what it has of a file that nobody has mapped."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
 
 
 def cached_share(path: Path) -> float:
@@ -120,28 +118,21 @@ def cached_share(path: Path) -> float:
     return float((pages & 1).mean())
 
 
-def batches_of(name: str, reader: Reader, config: DiskOptions, epoch: int) -> Iterator[np.ndarray]:
-    """The ids that a contestant reads in one round."""
-    options = {"batch_size": config.batch_size, "seed": 0, "epoch": epoch}
-    if name.startswith("random"):
-        batches = random_order(len(reader), **options)
-    elif name.startswith("page"):
-        batches = page_order(reader.page, window=config.page_windows[0], **options)
-    else:
-        batches = sequential(len(reader), config.batch_size)
-    return itertools.islice(batches, config.images // config.batch_size)
-
-
 def read(name: str, config: DiskOptions, epoch: int) -> None:
     """Copy the bytes of one round's images out of the file, as the loader's threads do it."""
+    kind, _, without = name.partition(", ")
     with Reader(config.data) as reader, ThreadPoolExecutor(config.workers[0]) as pool:
-        work = ((None, batch) for batch in batches_of(name, reader, config, epoch))
-        options = {"batch_size": config.batch_size, "page_window": config.page_windows[0]}
-        ahead = ReadAhead(reader, name, **options) if name in ("random", "page") else None
-        for _, batch in ahead.through(work) if ahead else work:
-            list(pool.map(lambda i: np.array(reader[i].jpeg), batch.tolist()))
-        if ahead:
-            ahead.close()
+        page_N = reader.page if kind == "page" else None
+        options = {"page_N": page_N, "page_window": config.page_windows[0]}
+        order = Order(len(reader), kind, batch_size=config.batch_size, **options)
+        batches = itertools.islice(order.epoch(epoch), config.images // config.batch_size)
+        work: Iterable[BatchIds | EpochEnd] = (BatchIds(epoch, index_B) for index_B in batches)
+        with contextlib.ExitStack() as stack:
+            if kind != "sequential" and not without:
+                work = stack.enter_context(contextlib.closing(ReadAhead(reader, order))).through(work)
+            for ids in work:
+                if isinstance(ids, BatchIds):
+                    list(pool.map(lambda i: np.array(reader[i].jpeg), ids.index_B.tolist()))
 
 
 def cold(name: str, config: DiskOptions) -> Callable[[int], Run]:
@@ -156,9 +147,8 @@ def cold(name: str, config: DiskOptions) -> Callable[[int], Run]:
 
 
 def measure(config: DiskOptions) -> Report:
-    """How well the orders mix and how fast a cold disk serves them."""
-    if not config.page_windows or min(config.page_windows) < 1:
-        raise UserError("--page-windows needs values of 1 or more")
+    """Mixing of the orders, and speed of a cold disk under each of them."""
+    need(min(config.page_windows, default=0) >= 1, "--page-windows needs values of 1 or more")
     rows, mixed = mixing(config)
     with Reader(config.data) as reader:
         config = dataclasses.replace(config, images=min(config.images, len(reader)))
@@ -167,20 +157,29 @@ def measure(config: DiskOptions) -> Report:
     left = cached_share(config.data)
     names = chosen(CONTESTANTS, config)
     runs = interleave({name: cold(name, config) for name in names}, config.repeats, warm=True)
-    table = Table(
-        title=f"cold reads of {config.data.name}, {config.workers[0]} threads, {mb_per_image * 1000:.0f} KB per image "
-        f"({100 * left:.0f} % still cached after dropping)",
-        title_justify="left",
-    )
-    for column in ("order", "images/s", "spread", "MB/s", "x random, no read-ahead"):
-        table.add_column(column, justify="left" if column == "order" else "right")
     rates = {n: [config.images / r.elapsed_s for r in runs[n]] for n in names}
-    for name, values in rates.items():
-        value = figure(values)
-        gain = ratio(values, rates[CONTESTANTS[1]]) if CONTESTANTS[1] in rates else None
-        table.add_row(name, shown(value), spread(value), f"{value['median'] * mb_per_image:.0f}", shown(gain))
-        rows.append({"order": name, "cold_images_per_s": value, "of_random_without_read_ahead": gain})
-    return Report(rows, [mixed, table], about={"cached_after_dropping": left, "mb_per_image": mb_per_image})
+    plain = rates.get("random, no read-ahead")
+    cold_rows = [
+        {
+            "order": name,
+            "cold_images_per_s": figure(values),
+            "of_random_without_read_ahead": ratio(values, plain) if plain else None,
+        }
+        for name, values in rates.items()
+    ]
+    shown = table(
+        f"cold reads of {config.data.name}, {config.workers[0]} threads, {mb_per_image * 1000:.0f} KB per image "
+        f"({100 * left:.0f} % still cached after dropping)",
+        cold_rows,
+        {
+            "order": "order",
+            "images/s": "cold_images_per_s",
+            "spread": lambda row: spread(row["cold_images_per_s"]),
+            "MB/s": lambda row: row["cold_images_per_s"]["median"] * mb_per_image,
+            "x random, no read-ahead": "of_random_without_read_ahead",
+        },
+    )
+    return Report(rows + cold_rows, [mixed, shown], {}, {"cached_after_dropping": left, "mb_per_image": mb_per_image})
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from benchmarks.peers import PEERS, Peer
 from benchmarks.step import verdict
 from fastssl.cli import run_command
 from fastssl.config.command_line import parse
-from fastssl.planning.bench import endless
 from fastssl.training.bottleneck import StageTimes
 from fastssl.training.build import Setup, join
 from fastssl.training.stopwatch import StepClock
@@ -93,7 +92,7 @@ class OwnTraining(Training):
 
     def __init__(self, setup: Setup, loader: Loader, clock: StepClock):
         self.setup, self.clock, self.num_views = setup, clock, setup.spec.K
-        self.batches, self.warm, self.steps = endless(loader), len(loader.slots) + 1, 0
+        self.batches, self.warm, self.steps = loader.endless(), loader.num_slots + 1, 0
 
     def step(self) -> None:
         batch = next(self.batches)
@@ -148,7 +147,7 @@ def measure(config: EndToEndOptions, setup: Setup) -> Report:
         batch_size=loader.batch_size,
         device=setup.device,
         backend="synthetic",
-        prefetch=len(loader.slots) - 1,
+        prefetch=loader.num_slots - 1,
         dtype=loader.dtype,
     )
     clock = StepClock(setup.device)

@@ -1,4 +1,4 @@
-"""What views cost the host: this loader, the floor beneath it, and the peers as their users run them.
+"""The cost of views on the host: this loader, the floor beneath it, and the peers as their users run them.
 
     python -m benchmarks.loader --data TRAIN.beton [--num-views 1 2 4 8] [--workers 1 2] [--size 224] [--json FILE]
     python -m benchmarks.loader --data TRAIN.beton --only floor cpu-crops cpu dali-full pil
@@ -40,14 +40,14 @@ from benchmarks.common import (
     interleave,
     main,
     ratio,
-    shown,
     spread,
+    table,
 )
 from benchmarks.contestants import Contestant, contestants
 from loaders.beton import MODE_JPEG, Reader
 from loaders.errors import UserError
 
-OURS = {"crops": "cpu-crops", "views": "cpu"}  # whom the column `x ours` compares with
+OURS = {"crops": "cpu-crops", "views": "cpu"}  # contestant that the column `x ours` compares with
 
 
 def measure(config: CommonOptions) -> Report:
@@ -62,7 +62,7 @@ def measure(config: CommonOptions) -> Report:
     names = [name for name in names if not missing[name]]
     for num_views in config.num_views:
         report.rows += _measure(config, num_views, [everybody[n] for n in names], report.skipped)
-        report.tables.append(table(config, num_views, [r for r in report.rows if r["num_views"] == num_views]))
+        report.tables.append(shown_table(config, num_views, [r for r in report.rows if r["num_views"] == num_views]))
     return report
 
 
@@ -104,7 +104,7 @@ def _measure(
 
 
 def figures(runs: Sequence[Run], num: int) -> dict[str, Any]:
-    """Per view, of rounds of `num` views."""
+    """Figures per view, of rounds of `num` views."""
     return {
         "cpu_ms_per_view": figure([1000 * run.cpu_s / num for run in runs]),
         "views_per_s": figure([num / run.elapsed_s for run in runs]),
@@ -126,29 +126,26 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
             row[column] = ratio(row[metric]["values"], other[metric]["values"]) if other else None
 
 
-def table(config: CommonOptions, num_views: int, rows: Sequence[dict[str, Any]]) -> Table:
-    """One K for people."""
-    title = f"K = {num_views} views of {config.size} px on the {config.device}, {config.data.name}"
-    out = Table(title=title, title_justify="left")
+def shown_table(config: CommonOptions, num_views: int, rows: Sequence[dict[str, Any]]) -> Table:
+    """The figures of one K for people."""
     several = len(config.workers) > 1
-    columns = ["contestant", "whose", "stage", *(["workers"] if several else [])]
-    for column in columns:
-        out.add_column(column, no_wrap=True)
-    numbers = ["CPU ms/view", "min-max", "x floor", "x ours", "views/s", "first batch s", "start s", "peak MB"]
-    for column in [*numbers, *(["scaling"] if several else [])]:
-        out.add_column(column, justify="right")
-    for row in rows:
-        out.add_row(
-            *(str(row[c]) for c in columns),
-            shown(row["cpu_ms_per_view"]),
-            spread(row["cpu_ms_per_view"]),
-            shown(row["cpu_over_floor"]),
-            shown(row["cpu_over_ours"]),
-            shown(row["views_per_s"]),
-            *(shown(row[c]) for c in ("first_batch_s", "start_s", "peak_rss_mb")),
-            *([shown(row["scaling"])] if several else []),
-        )
-    return out
+    return table(
+        f"K = {num_views} views of {config.size} px on the {config.device}, {config.data.name}",
+        rows,
+        {
+            **{name: name for name in ("contestant", "whose", "stage")},
+            **({"workers": lambda row: str(row["workers"])} if several else {}),
+            "CPU ms/view": "cpu_ms_per_view",
+            "min-max": lambda row: spread(row["cpu_ms_per_view"]),
+            "x floor": "cpu_over_floor",
+            "x ours": "cpu_over_ours",
+            "views/s": "views_per_s",
+            "first batch s": "first_batch_s",
+            "start s": "start_s",
+            "peak MB": "peak_rss_mb",
+            **({"scaling": "scaling"} if several else {}),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training steps of others, for `benchmarks.step` and `benchmarks.e2e`: what this project's step is compared with.
+"""Training steps of others, for `benchmarks.step` and `benchmarks.e2e`: peers of this project's step.
 
     lightly       FastSiam as the example in lightly's documentation trains it: its heads, its
                   NegativeCosineSimilarity, K views one by one through the network, the mean of the others by a mask,
@@ -42,7 +42,7 @@ TrainStep = Callable[[Sequence[Tensor]], object]  # one step on K views [B, 3, S
 
 @dataclass(frozen=True)
 class Peer:
-    """`make(net, width, device)` builds what trains; `loader` is the contestant of benchmarks.loader that feeds it."""
+    """A peer: `make(net, width, device)` builds its training step, `loader` (of `contestants`) feeds it."""
 
     make: Callable[[nn.Module, int, torch.device], TrainStep]
     loader: Callable[[common.CommonOptions, int, int], common.Batches]
@@ -52,7 +52,7 @@ class Peer:
     install: str = ""
 
     def missing(self) -> str | None:
-        """Why it cannot run here; None if it can."""
+        """The reason why it cannot run here; None if it can."""
         return not_installed(self.package, self.install)
 
     def num_views(self, available: int) -> int:
@@ -60,7 +60,7 @@ class Peer:
         return min(available, self.most_views or available)
 
     def step(self, name: str, size: int, device: torch.device) -> TrainStep:
-        """Its training step on backbone `name`."""
+        """Training step on backbone `name`."""
         net, width = backbone(name, size=size)
         return self.make(net, width, device)
 

@@ -1,9 +1,9 @@
-"""Which backend is best here, on this very file: measured, said in one line, remembered beside the data.
+"""Choice of the backend: measured here on this very file, explained in one line, remembered beside the data.
 
 A data set that fits into memory decoded needs no decoder. Otherwise each backend that can run here cuts the views of
 real batches for a second. Beside a GPU the one with the most images per second wins, but the CPU's by default, because
-decoding on the GPU takes time from the network. On a CPU the one that spends the least CPU time per image wins: what
-it spends, the network cannot have. Batches of thousands are not decoded on a GPU: whole images take several times the
+decoding on the GPU takes time from the network. On a CPU the one that spends the least CPU time per image wins: the
+network needs the same cores. Batches of thousands are not decoded on a GPU: whole images take several times the
 memory of their views, and in such batches the network is what limits.
 """
 
@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import platform
 import time
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,12 +23,9 @@ import torch
 
 from loaders import backends
 from loaders.backends import resident
-from loaders.beton import Reader, sidecar_path
-from loaders.dataset import Readers
+from loaders.beton import sidecar_path
+from loaders.dataset import Dataset
 from loaders.errors import UserError
-from loaders.job import Job, empty_images
-from loaders.order import random_order
-from loaders.stats import Stats
 from loaders.views import ViewSpec
 
 # ffcv is not among them: its crops differ visibly from everybody else's, so that taking it is a decision.
@@ -41,7 +35,6 @@ SECONDS = 1.0  # of measuring per backend
 MARGIN = 1.2  # so much faster must another backend be than the CPU's to be worth the GPU's time
 FILL_SECONDS = 60.0  # decoding everything beforehand may take so long
 SMALL = 64 << 20  # bytes: below, filling takes less time than measuring
-_UNDER_WAY = 4  # batches at a time, the loader's default
 _KEPT = 16  # machines remembered per file
 
 
@@ -55,14 +48,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rate:
-    """What a backend did with real batches."""
+    """Speed of a backend on real batches."""
 
     images_per_s: float
     cpu_ms: float  # CPU time per image, all threads
 
 
 def choose(
-    reader: Reader | Readers,
+    reader: Dataset,
     spec: ViewSpec,
     *,
     batch_size: int,
@@ -99,7 +92,7 @@ def choose(
 
 
 def _decide(rates: dict[str, Rate], device: torch.device, memory: str, resident_fits: bool) -> Choice:
-    """The rule of the module's docstring."""
+    """Choose by the rule in the module's docstring."""
     if resident_fits:
         return Choice("resident", memory)
     if device.type == "cpu":
@@ -115,62 +108,43 @@ def _decide(rates: dict[str, Rate], device: torch.device, memory: str, resident_
 
 def measure(
     name: str,
-    reader: Reader | Readers,
+    reader: Dataset,
     spec: ViewSpec,
     *,
     batch_size: int,
     device: torch.device,
     workers: int,
-    seconds: float = SECONDS,
+    seconds: float | None = None,
 ) -> Rate:
     """Let a backend cut random batches of the file for a while; the first batch is not counted.
 
     Raises UserError if it cannot run here or with this file. Broken samples are passed over.
     """
-    stats = Stats()
-    options = {"batch_size": batch_size, "device": device, "workers": workers, "stats": stats}
-    backend = backends.load(name, device)(reader, spec, **options)
-    try:
-        jobs = _jobs(reader, spec, batch_size, device, backend, stats)
-        backend.start(next(jobs)).wait()
-        under_way: deque[backends.Pending] = deque()
-        images = 0
+    from loaders.loader import Loader  # which asks this module what to open
+
+    seconds = SECONDS if seconds is None else seconds
+    with Loader(
+        reader,
+        spec,
+        batch_size=batch_size,
+        device=device,
+        backend=name,
+        workers=workers,
+        on_bad_sample="skip",
+        augment=False,
+    ) as loader:
+        batches, images = loader.endless(), 0
+        next(batches)
         started, cpu = time.perf_counter(), time.process_time()
         while time.perf_counter() - started < seconds or not images:
-            under_way.append(backend.start(next(jobs)))
-            images += batch_size
-            if len(under_way) == _UNDER_WAY:
-                under_way.popleft().wait()
-        for pending in under_way:
-            pending.wait()
+            images += len(next(batches).index)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return Rate(images / (time.perf_counter() - started), 1000 * (time.process_time() - cpu) / images)
-    finally:
-        backend.close()
 
 
-def _jobs(
-    reader: Reader | Readers,
-    spec: ViewSpec,
-    batch_size: int,
-    device: torch.device,
-    backend: backends.Backend,
-    stats: Stats,
-) -> Iterator[Job]:
-    """Endless random batches."""
-    ring: list[list[torch.Tensor]] = [[] for _ in range(_UNDER_WAY)]
-    if not getattr(backend, "owns_crops", False):
-        pin = device.type == "cuda" and backend.device.type == "cpu"
-        ring = [[empty_images(batch_size, s, torch.uint8, backend.device, pin=pin) for s in spec.sizes] for _ in ring]
-    crops = itertools.cycle(ring)
-    for epoch in itertools.count():
-        for index_B in random_order(len(reader), batch_size=batch_size, seed=0, epoch=epoch):
-            yield Job.drawn(reader, spec, index_B, next(crops), stats, epoch=epoch, on_bad_sample="skip")
-
-
-def _key(reader: Reader | Readers, spec: ViewSpec, device: torch.device, workers: int) -> str:
-    """What a measurement depends on, readable."""
+def _key(reader: Dataset, spec: ViewSpec, device: torch.device, workers: int) -> str:
+    """Readable text of all that a measurement depends on."""
     files = ";".join(f"{p.name}:{p.stat().st_size}" for p in reader.paths)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     versions = []
@@ -183,7 +157,7 @@ def _key(reader: Reader | Readers, spec: ViewSpec, device: torch.device, workers
 
 
 def _load(path: Path) -> dict:
-    """What is remembered; nothing where the file is absent or not ours."""
+    """Read the remembered choices; none where the file is absent or damaged."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return {k: v for k, v in known.items() if v["backend"] in backends.available() and isinstance(v["why"], str)}
@@ -192,7 +166,7 @@ def _load(path: Path) -> dict:
 
 
 def _save(path: Path, known: dict) -> None:
-    """Remember, where the folder can be written."""
+    """Write the choices to remember, where the folder can be written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with contextlib.suppress(OSError):
         partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ of where each blob lies. All integers are little-endian, all offsets count bytes
     [header 24][descriptors 1041 each][records][zeros][page 0][page 1]...[allocation table 24 each]
 
 Files written here are read by FFCV 1.0.2, and the other way round. Unlike FFCV's own writer, this one stores the
-bytes it is given, so a JPEG is kept as it was. With as many samples as its capacity the result equals, byte for
+bytes it is given, so a JPEG keeps its bytes. With as many samples as its capacity the result equals, byte for
 byte, what FFCV's writer produces with one worker from the same blobs.
 """
 
@@ -20,7 +20,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -130,7 +130,7 @@ class Reader:
             raise UserError(f"{self.path} cannot be read: {e.strerror or e}") from None
         self._bytes: np.ndarray | None = np.frombuffer(self._map, np.uint8)
 
-    def _parse(self, file) -> None:
+    def _parse(self, file: BinaryIO) -> None:
         """Read everything but the pages, and check that all of it fits the file."""
         end = os.fstat(file.fileno()).st_size
         header, type_ids = self._parse_head(file, end)
@@ -161,7 +161,7 @@ class Reader:
         self.size = _sizes(self.pointer, np.fromfile(file, _ALLOCATION))
         self._check_blobs(records_end, table_start)
 
-    def _parse_head(self, file, end: int) -> tuple[np.void, list[int]]:
+    def _parse_head(self, file: BinaryIO, end: int) -> tuple[np.void, list[int]]:
         """Header and field descriptors -> (header, type of each field); sets `fields` and `page_size`."""
         if end == 0:
             raise UserError(f"{self.path} is empty; convert it again")
@@ -198,7 +198,7 @@ class Reader:
         return header, type_ids
 
     def _check_blobs(self, low: int, high: int) -> None:
-        """Every blob lies in [low, high) and raw ones have the length of their pixels."""
+        """Raise UserError unless every blob lies in [low, high) and raw ones have the length of their pixels."""
         bad = (self.size <= 0) | (self.size > high) | (self.pointer < low) | (self.pointer > high - self.size)
         bad |= (self.height == 0) | (self.width == 0) | (self.mode > MODE_RAW)
         raw = self.mode == MODE_RAW
@@ -270,7 +270,7 @@ class Reader:
         return names if isinstance(names, list) and names else None
 
     def close(self) -> None:
-        """Give up the map; it goes away with the last `Sample.jpeg` that still looks into it. Columns stay."""
+        """Close the file. Its memory map lives as long as a `Sample.jpeg` in it does; the columns stay."""
         self._bytes = None
         self._file.close()
         if self._map is not None:
@@ -281,10 +281,10 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Reader], tuple[Path]]:
         return Reader, (self.path,)
 
     def __repr__(self) -> str:
@@ -333,8 +333,12 @@ class Writer:
         self._at = self._first_page  # where the next blob goes
         self._num = 0
         self._partial = partial_path(self.path)
-        self._fd: int | None = _create_locked(self._partial)
-        self._write_head(alloc_table_ptr=0)
+        self._fd = _create_locked(self._partial)  # -1: closed
+        try:
+            self._write_head(alloc_table_ptr=0)
+        except BaseException:  # the caller has nothing to close yet
+            self.abort()
+            raise
 
     def __len__(self) -> int:
         return self._num
@@ -360,15 +364,15 @@ class Writer:
         start = self._at
         try:
             for blob, height, width, label, mode in samples:
-                blob = memoryview(blob).cast("B")
-                size = len(blob)
+                view = (blob.data if isinstance(blob, np.ndarray) else memoryview(blob)).cast("B")
+                size = len(view)
                 self._check(size, height, width, mode)
                 room = self.page_size - self._at % self.page_size
                 if size > room:  # never across a page; the tail becomes zeros
                     self._write(blobs, start)
                     start = self._at = self._at + room
                     blobs = []
-                blobs.append(blob)
+                blobs.append(view)
                 self._records[self._num] = ((mode, width, height, self._at), label)
                 self._table[self._num] = (self._num, self._at, size)
                 self._at += size
@@ -377,7 +381,7 @@ class Writer:
             self._write(blobs, start)
 
     def _check(self, size: int, height: int, width: int, mode: int) -> None:
-        """Raises UserError for a sample that cannot be stored."""
+        """Raise UserError for a sample that cannot be stored."""
         if self._num == len(self._records):
             raise UserError(f"{self.path}: more samples than the capacity of {len(self._records)} given at the start")
         if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
@@ -391,7 +395,7 @@ class Writer:
 
     def commit(self) -> None:
         """Write records and table, then the header that makes the file valid, and give it its name."""
-        if self._fd is None:
+        if self._fd < 0:
             raise ValueError(f"{self.path}: already closed")
         if self._num == 0:
             self.abort()
@@ -406,22 +410,22 @@ class Writer:
             self.abort()
             raise
         os.close(self._fd)
-        self._fd = None
+        self._fd = -1
 
     close = commit
 
     def flush(self) -> None:
         """Bring all of the file but its header to the disk; `commit` is then quick."""
-        self._write([memoryview(self._table[: self._num]).cast("B")], self._table_start)
+        self._write([self._table[: self._num].data.cast("B")], self._table_start)
         records_start = _HEADER.itemsize + self._descriptors.nbytes
-        self._write([memoryview(self._records[: self._num]).cast("B")], records_start)
+        self._write([self._records[: self._num].data.cast("B")], records_start)
         os.fsync(self._fd)
 
     def abort(self) -> None:
         """Remove the unfinished file; nothing happens after `commit`."""
-        if self._fd is None:
+        if self._fd < 0:
             return
-        fd, self._fd = self._fd, None
+        fd, self._fd = self._fd, -1
         with contextlib.suppress(OSError):
             self._partial.unlink()
         with contextlib.suppress(OSError):
@@ -430,10 +434,10 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, exc_type, *exc) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
         if exc_type is not None:
             self.abort()
-        elif self._fd is not None:
+        elif self._fd >= 0:
             self.commit()
 
     def _write_head(self, alloc_table_ptr: int) -> None:

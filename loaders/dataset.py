@@ -8,13 +8,13 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from loaders.beton import Reader, Sample
+from loaders.braces import expand_list
 from loaders.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Readers:
     """Several files, one after another: what `Reader` offers, over all of them.
 
     Sample ids run through the files in the given order. Where every file has class names beside it, labels are
-    renumbered to one sorted list of all names; else they are taken as they are.
+    renumbered to one sorted list of all names; else the stored labels are used.
     """
 
     def __init__(self, readers: Sequence[Reader]):
@@ -30,13 +30,15 @@ class Readers:
         self.paths = tuple(path for r in self.readers for path in r.paths)
         self.path = f"{self.paths[0]} ... {self.paths[-1]}"
         self._starts = [0, *itertools.accumulate(map(len, self.readers))]
-        for name in ("height", "width", "mode", "size"):
-            setattr(self, name, np.concatenate([getattr(r, name) for r in self.readers]))
+        self.height = np.concatenate([r.height for r in self.readers])
+        self.width = np.concatenate([r.width for r in self.readers])
+        self.mode = np.concatenate([r.mode for r in self.readers])
+        self.size = np.concatenate([r.size for r in self.readers])
         self.classes, self.label = _common_labels(self.readers)
 
     @property
     def page(self) -> np.ndarray:
-        """A number for each page of each file, ascending over the files [N]."""
+        """Page of each sample [N], numbered through all files."""
         pages, first = [], 0
         for reader in self.readers:
             page = reader.page
@@ -61,7 +63,7 @@ class Readers:
         return reader.path, number
 
     def will_need(self, index_B: np.ndarray, *, whole_pages: bool = False) -> None:
-        """As `Reader.will_need`."""
+        """Ask the system to read these blobs ahead, as `Reader.will_need` does."""
         file_B = np.searchsorted(self._starts, index_B, side="right") - 1
         for file in np.unique(file_B):
             self.readers[file].will_need(index_B[file_B == file] - self._starts[file], whole_pages=whole_pages)
@@ -77,7 +79,7 @@ class Readers:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Readers], tuple[tuple[Reader, ...]]]:
         return Readers, (self.readers,)
 
     def __repr__(self) -> str:
@@ -86,8 +88,8 @@ class Readers:
 
 def _common_labels(readers: Sequence[Reader]) -> tuple[list[str] | None, np.ndarray]:
     """One list of class names and the labels in it; (None, labels as stored) where a file has no names."""
-    tables = [r.classes for r in readers]
-    if any(t is None for t in tables):
+    tables = [t for t in (r.classes for r in readers) if t is not None]
+    if len(tables) < len(readers):
         return None, np.concatenate([r.label for r in readers])
     classes = tables[0] if all(t == tables[0] for t in tables) else sorted(set().union(*tables))
     number = {name: i for i, name in enumerate(classes)}
@@ -101,7 +103,10 @@ def _common_labels(readers: Sequence[Reader]) -> tuple[list[str] | None, np.ndar
     return classes, np.concatenate(labels)
 
 
-def open_data(data: str | os.PathLike) -> Reader | Readers:
+Dataset = Reader | Readers
+
+
+def open_data(data: str | os.PathLike) -> Dataset:
     """The files that `data` names: one path, several with commas between them, braces as in `part-{00..15}.beton`.
 
     Raises UserError for files that cannot be used, and for one that is named twice.
@@ -109,8 +114,7 @@ def open_data(data: str | os.PathLike) -> Reader | Readers:
     data = os.fspath(data)
     if Path(data).exists():
         return Reader(data)
-    # Commas inside braces belong to them.
-    paths = [p for braced in _split(data) for p in expand_braces(braced)]
+    paths = expand_list(data)
     if not paths:
         raise UserError("no data file is named: give a .beton")
     twice = {p for p in paths if paths.count(p) > 1}
@@ -118,34 +122,3 @@ def open_data(data: str | os.PathLike) -> Reader | Readers:
         raise UserError(f"{min(twice)} is named twice in {data}: its images would be seen twice per epoch")
     readers = [Reader(p) for p in paths]
     return readers[0] if len(readers) == 1 else Readers(readers)
-
-
-def _split(data: str) -> list[str]:
-    """At the commas that are not within braces."""
-    parts, depth = [""], 0
-    for c in data:
-        depth += (c == "{") - (c == "}")
-        if c == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return [p.strip() for p in parts if p.strip()]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`a-{08..10}.tar` -> a-08.tar a-09.tar a-10.tar; `{x,y}` lists; several braces multiply. A real path stays."""
-    if "{" not in pattern or Path(pattern).exists():
-        return [pattern]
-    pieces = re.split(r"\{([^{}]*)\}", pattern)
-    options: list[list[str]] = []
-    for i, piece in enumerate(pieces):
-        if i % 2 == 0:
-            options.append([piece])
-        elif found := re.fullmatch(r"(\d+)\.\.(\d+)", piece):
-            first, last = found.groups()
-            if int(last) < int(first):
-                raise UserError(f"{pattern}: the range {{{piece}}} is empty; write the smaller number first")
-            options.append([f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)])
-        else:
-            options.append(piece.split(","))
-    return ["".join(parts) for parts in itertools.product(*options)]

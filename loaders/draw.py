@@ -63,7 +63,7 @@ class Draws:
 
 
 def philox(
-    counter: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], key: tuple[int, int]
+    counter: tuple[np.ndarray, np.ndarray, np.ndarray | int, np.ndarray | int], key: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Philox4x32-10: four independent uniform uint32 words per counter.
 
@@ -81,14 +81,13 @@ def philox(
         c3 = product0 & _LOW
         k0 = (k0 + _WEYL[0]) & 0xFFFFFFFF
         k1 = (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return tuple(word.astype(np.uint32) for word in (c0, c1, c2, c3))
+    return c0.astype(np.uint32), c1.astype(np.uint32), c2.astype(np.uint32), c3.astype(np.uint32)
 
 
 def draw(
     spec: ViewSpec, *, seed: int, epoch: int, index_B: np.ndarray, height_B: np.ndarray, width_B: np.ndarray
 ) -> list[Draws]:
-    """Parameters of the K views of a batch; `index_B` are sample ids, `height_B` and `width_B` their size in
-    pixels.
+    """Parameters of the K views of a batch; `index_B` are sample ids, `height_B` and `width_B` sizes in pixels.
 
     Raises UserError if seed or epoch is outside [0, 2**32).
     """
@@ -105,7 +104,7 @@ def draw(
 
 
 def permutation(n: int, *, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
-    """A uniform random permutation of 0..n-1 as int64 [N], the same for ever; independent for every `stream`.
+    """A uniform random permutation of 0..n-1 as int64 [N], the same on every machine; independent for every `stream`.
 
     Sorts 64-bit keys, two from each Philox block. The sort is stable, so even a tie (probability below 1e-7
     for ImageNet) has one outcome whatever the sorting code of the numpy at hand."""
@@ -117,7 +116,7 @@ def permutation(n: int, *, seed: int, epoch: int, stream: int = 0) -> np.ndarray
 
 
 def _key(seed: int, epoch: int) -> tuple[int, int]:
-    """The pair itself: different pairs give different keys, and Philox needs no further mixing of its key."""
+    """The key of the generator: the pair itself, as Philox needs no further mixing of its key."""
     for name, value in (("seed", seed), ("epoch", epoch)):
         if not 0 <= value < 2**32:
             raise UserError(f"{name} is {value}: give a whole number from 0 to 4294967295")
@@ -125,7 +124,7 @@ def _key(seed: int, epoch: int) -> tuple[int, int]:
 
 
 def _draw_view(view: View, words: list[np.ndarray], height_B: np.ndarray, width_B: np.ndarray) -> Draws:
-    """`words`: the four words of each block, [blocks, B] each, in the order of `_BLOCKS`."""
+    """Draws of one view. `words` are the four words of each block, [blocks, B] each, in the order of `_BLOCKS`."""
     B = len(height_B)
     if view.center is not None:
         return Draws(
@@ -133,7 +132,7 @@ def _draw_view(view: View, words: list[np.ndarray], height_B: np.ndarray, width_
             flip_B=np.zeros(B, dtype=bool),
             jitter_B=np.zeros(B, dtype=bool),
             order_B4=np.tile(ORDERS[0], (B, 1)),
-            factor_B4=np.tile(np.float32([1, 1, 1, 0]), (B, 1)),
+            factor_B4=np.tile(np.array([1, 1, 1, 0], np.float32), (B, 1)),
             gray_B=np.zeros(B, dtype=bool),
             sigma_B=np.zeros(B, dtype=np.float32),
             solarize_B=np.zeros(B, dtype=bool),
@@ -200,7 +199,6 @@ def _between(word: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + (high - low) * _unit(word)
 
 
-def _below(word: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Whole number in [0, n), n as uint64; its bias, below n / 2**32, is far under anything a crop could
-    show."""
+def _below(word: np.ndarray, n: np.ndarray | np.uint64) -> np.ndarray:
+    """Whole number in [0, n), n as uint64. Its bias, below n / 2**32, is far under anything a crop could show."""
     return ((word.astype(np.uint64) * n) >> _SHIFT).astype(np.int64)

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """Input that cannot be used as given.
 
-    The message is one line that says what is wrong, where, and what to do about it. Every console command prints it
-    as it is and exits with status 2; nothing else in the project turns into a one-line message.
+    The message is one line that says what is wrong, where, and what to do about it. Every console command prints that
+    line and exits with status 2. All other exceptions are faults of the program and show a traceback.
     """
 
 
@@ -19,8 +19,10 @@ _MANY = 30
 
 
 def unknown(what: str, name: str, choices: Iterable[str], *, listing: str = "") -> UserError:
-    """The error for a name that is not among `choices`, with the nearest one that is; of many names the nearest only,
-    and `listing`, the command that shows them all."""
+    """The error for a name that is not among `choices`: it proposes the nearest name and lists all of them.
+
+    Of more than 30 choices it shows the nearest ones only, and `listing`, the command that shows all.
+    """
     choices = list(choices)
     if len(choices) > _MANY:
         near = difflib.get_close_matches(name, choices, n=4, cutoff=0.5)

@@ -1,18 +1,17 @@
-"""One batch on its way through a backend."""
+"""The work for one batch, from sample ids to crops and views."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 
-from loaders.augment import Step, augment_rows, plan
-from loaders.beton import Reader
-from loaders.dataset import Readers
+from loaders.augment.rows import Operations, augment_rows, operations
+from loaders.dataset import Dataset
 from loaders.draw import Draws, draw
 from loaders.errors import UserError
 from loaders.stats import Stats
@@ -33,69 +32,51 @@ class BadSample(UserError):
         )
 
 
-@dataclasses.dataclass
+@dataclass
 class Job:
-    """What a backend needs for one batch: which samples, which crops of them, and where to put the pixels.
+    """A batch for a backend: the samples, their draws, and the memory for the crops.
 
     B images, K views. `crops` are K uint8 tensors [B, 3, S_k, S_k], channels last, on the backend's device.
-    Where augmentation runs on the host, `views` (and `tiles`, see `augment.divide`) are where its results go.
+    Where augmentation runs on the host, its results go to `views` (and `tiles`, see `augment.divide`).
     """
 
-    reader: Reader | Readers
+    reader: Dataset
     spec: ViewSpec
-    seed: int
-    epoch: int
     index_B: np.ndarray
-    label_B: np.ndarray
-    draws: list[Draws]
-    crops: list[torch.Tensor]
+    crops: Sequence[torch.Tensor]
     stats: Stats
+    seed: int = 0
+    epoch: int = 0
     on_bad_sample: str = "raise"
-    views: list[torch.Tensor] | None = None
+    ready_made: bool = False
+    """The views are there already: nothing is drawn."""
+    views: list[torch.Tensor] = field(default_factory=list)
     tiles: list[torch.Tensor] | None = None
-    plans: list[list[Step]] | None = None  # for each view
 
-    @classmethod
-    def drawn(
-        cls,
-        reader: Reader | Readers,
-        spec: ViewSpec,
-        index_B: np.ndarray,
-        crops: Sequence[torch.Tensor],
-        stats: Stats,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        on_bad_sample: str = "raise",
-    ) -> Job:
-        """The job for these samples: their labels and draws, and as much of `crops` as they need."""
-        index_B = np.array(index_B, dtype=np.int64)  # a broken sample may be replaced in it
-        return cls(
-            reader=reader,
-            spec=spec,
-            seed=seed,
-            epoch=epoch,
-            index_B=index_B,
-            label_B=np.array(reader.label[index_B], dtype=np.int64),
-            draws=_draw(reader, spec, index_B, seed, epoch),
-            crops=[c[: len(index_B)] for c in crops],
-            stats=stats,
-            on_bad_sample=on_bad_sample,
-        )
+    def __post_init__(self) -> None:
+        self.index_B = np.array(self.index_B, dtype=np.int64)  # a broken sample may be replaced in it
+        self.label_B = np.array(self.reader.label[self.index_B], dtype=np.int64)
+        self.crops = [c[: len(self.index_B)] for c in self.crops]
+        self.draws = [] if self.ready_made else self._draw(self.index_B)
+        self._operations: list[list[Operations]] | None = None  # for each view
+
+    def _draw(self, index_B: np.ndarray) -> list[Draws]:
+        sides = {"height_B": self.reader.height[index_B], "width_B": self.reader.width[index_B]}
+        return draw(self.spec, seed=self.seed, epoch=self.epoch, index_B=index_B, **sides)
 
     def augment_rows(self, rows: range) -> None:
-        """Finished rows of crops -> views and tiles; nothing where augmentation runs on the device."""
-        if self.views is None:
+        """Make views and tiles of finished rows of crops; do nothing where augmentation runs on the device."""
+        if not self.views:
             return
-        plans = self.plans or self.plan()
+        todo = self._operations or self.prepare()
         for k, (view, out) in enumerate(zip(self.spec.views, self.views, strict=True)):
             tiles = self.tiles[k] if self.tiles else None
-            augment_rows(self.crops[k], plans[k], view, self.spec.mean, self.spec.std, rows, out, tiles)
+            augment_rows(self.crops[k], todo[k], view, self.spec.mean, self.spec.std, rows, out, tiles)
 
-    def plan(self) -> list[list[Step]]:
-        """What augmentation does to each row; to be asked for before threads need it, and anew after a replacement."""
-        self.plans = [plan(draws, view) for draws, view in zip(self.draws, self.spec.views, strict=True)]
-        return self.plans
+    def prepare(self) -> list[list[Operations]]:
+        """Work out what augmentation does to each row, before threads need it; again after a replacement."""
+        self._operations = [operations(draws, view) for draws, view in zip(self.draws, self.spec.views, strict=True)]
+        return self._operations
 
     def replace(self, row: int, reason: str) -> None:
         """Put the next sample of the data, with its own draws, in the place of a broken one, or raise BadSample.
@@ -114,21 +95,7 @@ class Job:
         index = (index + 1) % len(self.reader)
         self.index_B[row] = index
         self.label_B[row] = self.reader.label[index]
-        new = _draw(self.reader, self.spec, np.array([index]), self.seed, self.epoch)
-        for ours, theirs in zip(self.draws, new, strict=True):
-            for field in dataclasses.fields(Draws):
-                getattr(ours, field.name)[row] = getattr(theirs, field.name)[0]
-        self.plans = None
-
-
-def _draw(reader: Reader | Readers, spec: ViewSpec, index_B: np.ndarray, seed: int, epoch: int) -> list[Draws]:
-    sides = {"height_B": reader.height[index_B], "width_B": reader.width[index_B]}
-    return draw(spec, seed=seed, epoch=epoch, index_B=index_B, **sides)
-
-
-def empty_images(
-    num: int, size: int, dtype: torch.dtype, device: torch.device | None = None, *, pin: bool = False
-) -> torch.Tensor:
-    """Memory for images [num, 3, size, size], channels last."""
-    flat = torch.empty(num, size, size, 3, dtype=dtype, device=device, pin_memory=pin)
-    return flat.permute(0, 3, 1, 2)
+        for ours, theirs in zip(self.draws, self._draw(np.array([index])), strict=True):
+            for name in (f.name for f in fields(Draws)):
+                getattr(ours, name)[row] = getattr(theirs, name)[0]
+        self._operations = None

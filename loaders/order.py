@@ -1,5 +1,4 @@
-"""Which samples, in which order: pure functions, so resuming in mid-epoch needs two integers (epoch and
-step).
+"""Orders of samples: pure functions, so resuming in mid-epoch needs two integers (epoch and step).
 
     random       one permutation of all samples
     page         pages of the file in random order, samples shuffled within a window of pages: a hard disk reads
@@ -11,7 +10,10 @@ N samples, R ranks (processes), S steps, B samples per rank and step, P pages.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,65 @@ from loaders.draw import permutation
 from loaders.errors import UserError
 
 _PAGES = 1  # the stream of random numbers that orders pages; the samples' is 0
+
+
+ORDERS = ("random", "page", "sequential")
+
+
+class BatchIds(NamedTuple):
+    """The samples of one step."""
+
+    epoch: int
+    index_B: np.ndarray
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """The place in a stream of batches where an epoch is over."""
+
+    another: bool
+    """The next epoch follows at once."""
+
+
+class Order:
+    """The batches of sample ids that one process has in each epoch.
+
+    n: samples in the data. kind: one of `ORDERS`. page_N: page of each sample, for page order. subset: the ids to go
+    through instead of all, in sequential order.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        kind: str = "random",
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        page_window: int = 64,
+        page_N: np.ndarray | None = None,
+        subset: np.ndarray | None = None,
+    ):
+        self.n, self.kind, self.batch_size, self.seed, self.rank, self.world = n, kind, batch_size, seed, rank, world
+        self.page_window, self.page_N = page_window, page_N
+        self.ids = np.arange(n) if subset is None else np.asarray(subset, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Batches per epoch. Only sequential order has a last, partial batch."""
+        if self.kind == "sequential":
+            return -(-len(self.ids) // self.batch_size)
+        return steps_per_epoch(self.n, self.batch_size, self.world)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[np.ndarray]:
+        """Sample ids of every step from `start_step` on, int64 [batch_size] each."""
+        if self.kind == "sequential":
+            batches = sequential(len(self.ids), self.batch_size)
+            return (self.ids[b] for b in itertools.islice(batches, start_step, None))
+        at = {"epoch": epoch, "start_step": start_step, "seed": self.seed, "rank": self.rank, "world": self.world}
+        if self.page_N is not None:
+            return page_order(self.page_N, batch_size=self.batch_size, window=self.page_window, **at)
+        return random_order(self.n, batch_size=self.batch_size, **at)
 
 
 def steps_per_epoch(n: int, batch_size: int, world: int = 1) -> int:
@@ -56,8 +117,8 @@ def page_order(
 ) -> Iterator[np.ndarray]:
     """Sample ids of every step from `start_step` on, int64 [batch_size] each, close together in the file.
 
-    `page_N` is the page that each sample lies in. Pages are dealt to the ranks in random order, so that each rank
-    reads its own part of the file; a rank shuffles the samples of `window` pages at a time. Pages hold different
+    `page_N` is the page that each sample lies in. The pages, in random order, go to the ranks in turn, so that each
+    rank reads its own part of the file; a rank shuffles the samples of `window` pages at a time. Pages hold different
     numbers of samples: to give every rank as many steps, the last samples of the ranks that have too many go to
     those that have too few. Raises UserError as `random_order` does."""
     n = len(page_N)

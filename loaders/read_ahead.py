@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import numpy as np
 
-from loaders.beton import Reader
-from loaders.dataset import Readers
-
-Tag = TypeVar("Tag")
+from loaders.dataset import Dataset
+from loaders.order import BatchIds, EpochEnd, Order
 
 # Batches: 256 requests under way at batch 32, which fills the queue of any SSD. Without them each decoding thread waits
 # for one image at a time, and the system reads around what it asks for.
@@ -20,39 +17,37 @@ STEPS = 8
 
 
 class ReadAhead:
-    """Asks for what comes, in a thread of its own: a request returns once it is in the disk's queue, which may be full.
+    """Asks for the bytes of the next batches, in a thread of its own: a request waits while the disk's queue is full.
 
     In random order it asks for the images alone. In page order it asks for whole pages, each once, a whole window of
     pages in advance: the disk reads the next window while this one is in use.
     """
 
-    def __init__(self, reader: Reader | Readers, order: str, *, batch_size: int, page_window: int):
-        self.reader = reader
-        self.page = reader.page if order == "page" else None
-        self.page_window, self.steps = page_window, STEPS
-        if self.page is not None:
-            self.steps = page_window * len(reader) // (len(np.unique(self.page)) * batch_size)
+    def __init__(self, reader: Dataset, order: Order):
+        self.reader, self.page_N, self.window, self.steps = reader, order.page_N, order.page_window, STEPS
+        if self.page_N is not None:
+            self.steps = self.window * len(reader) // (len(np.unique(self.page_N)) * order.batch_size)
         self._asked: set[int] = set()
         self._thread = ThreadPoolExecutor(1, "read-ahead")
 
-    def through(self, work: Iterable[tuple[Tag, np.ndarray | bool]]) -> Iterator[tuple[Tag, np.ndarray | bool]]:
-        """Pass on (anything, ids of a batch) `steps` items later; what is no batch goes along."""
-        coming: deque[tuple[Tag, np.ndarray | bool]] = deque()
+    def through(self, work: Iterable[BatchIds | EpochEnd]) -> Iterator[BatchIds | EpochEnd]:
+        """Pass on what comes, `steps` items later, and ask for the bytes of its batches."""
+        coming: deque[BatchIds | EpochEnd] = deque()
         for item in work:
-            if not isinstance(item[1], bool):
-                self._ask(item[1])
+            if isinstance(item, BatchIds):
+                self._ask(item.index_B)
             coming.append(item)
             if len(coming) > self.steps:
                 yield coming.popleft()
         yield from coming
 
     def _ask(self, index_B: np.ndarray) -> None:
-        if self.page is None:
+        if self.page_N is None:
             self._thread.submit(self.reader.will_need, index_B)
             return
-        if len(self._asked) > 4 * self.page_window:  # long out of use, and perhaps out of the cache by the next epoch
+        if len(self._asked) > 4 * self.window:  # long out of use, and perhaps out of the cache by the next epoch
             self._asked.clear()
-        page_B = self.page[index_B].tolist()
+        page_B = self.page_N[index_B].tolist()
         new = index_B[[page not in self._asked for page in page_B]]
         self._asked.update(page_B)
         if len(new):

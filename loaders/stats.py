@@ -1,4 +1,4 @@
-"""Where a loader's time goes."""
+"""The time that a loader spends, stage by stage."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ class Stats:
                 setattr(self, name, getattr(self, name) + amount)
 
     def snapshot(self) -> dict[str, float]:
-        """The fields as a plain dict."""
+        """Copy of the fields as a dict."""
         with self._lock:
             return dataclasses.asdict(self)

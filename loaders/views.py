@@ -1,4 +1,4 @@
-"""What a method asks of the loader: the size, the crop and the photometry of every view.
+"""View specifications: the size, the crop and the photometry of every view that a method asks the loader for.
 
 Pure description: no tensor and no random number here. `draw` turns it into parameters per sample, the
 backends and `augment` apply those. The strengths mean what the arguments of torchvision's transforms mean."""
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from loaders.errors import UserError
+from loaders.checks import need
 
 # Channel statistics of ImageNet's training set in [0, 1]; every recipe here uses them, GSG's for CIFAR too.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -17,18 +17,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 PHOTOMETRIES = ("dino", "swav")
-
-
-# MoCo v2's photometry less the blur; the other recipes are changes to it.
-_MOCO = {
-    "brightness": 0.4,
-    "contrast": 0.4,
-    "saturation": 0.4,
-    "hue": 0.1,
-    "jitter_p": 0.8,
-    "gray_p": 0.2,
-    "flip_p": 0.5,
-}
 
 
 @dataclass(frozen=True)
@@ -63,31 +51,38 @@ class View:
 
     def validate(self) -> None:
         """Raise `UserError`, naming field and remedy, if this view cannot be made."""
-        if self.size < 1:
-            raise UserError(f"view size is {self.size} px: give a positive number of pixels")
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(f"view interpolation is {self.interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise UserError(f"view scale is {self.scale}: give shares of the area, 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise UserError(f"view ratio is {self.ratio}: give width / height, 0 < low <= high")
+        sigma = self.blur_sigma
+        need(self.size >= 1, f"view size is {self.size} px: give a positive number of pixels")
+        need(
+            self.interpolation in INTERPOLATIONS,
+            f"view interpolation is {self.interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}",
+        )
+        need(
+            0 < self.scale[0] <= self.scale[1] <= 1,
+            f"view scale is {self.scale}: give shares of the area, 0 < low <= high <= 1",
+        )
+        need(0 < self.ratio[0] <= self.ratio[1], f"view ratio is {self.ratio}: give width / height, 0 < low <= high")
         for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"view {name} is {getattr(self, name)}: give a strength of 0 or more")
-        if not 0 <= self.hue <= 0.5:
-            raise UserError(f"view hue is {self.hue}: give a share of the colour circle, 0 to 0.5")
+            value = getattr(self, name)
+            need(0 <= value < math.inf, f"view {name} is {value}: give a strength of 0 or more")
+        need(0 <= self.hue <= 0.5, f"view hue is {self.hue}: give a share of the colour circle, 0 to 0.5")
         for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"view {name} is {getattr(self, name)}: give a probability, 0 to 1")
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf:
-            raise UserError(f"view blur_sigma is {self.blur_sigma}: give pixels, 0 < low <= high")
-        if self.blur_radius >= self.size:
-            raise UserError(
-                f"view blur_sigma {self.blur_sigma} reaches {self.blur_radius} px, too far to reflect in a view "
-                f"of {self.size} px: lower blur_sigma or set blur_p to 0"
-            )
-        if self.center is not None and not 0 < self.center <= 1:
-            raise UserError(f"view center is {self.center}: give a fraction of the short side, 0 < center <= 1")
+            value = getattr(self, name)
+            need(0 <= value <= 1, f"view {name} is {value}: give a probability, 0 to 1")
+        need(0 < sigma[0] <= sigma[1] < math.inf, f"view blur_sigma is {sigma}: give pixels, 0 < low <= high")
+        need(
+            self.blur_radius < self.size,
+            f"view blur_sigma {sigma} reaches {self.blur_radius} px, too far to reflect in a view of {self.size} px: "
+            "lower blur_sigma or set blur_p to 0",
+        )
+        need(
+            self.center is None or 0 < self.center <= 1,
+            f"view center is {self.center}: give a fraction of the short side, 0 < center <= 1",
+        )
+
+
+# The photometry of MoCo v2 without its blur; the other recipes are changes to it.
+_MOCO = View(224, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter_p=0.8, gray_p=0.2, flip_p=0.5)
 
 
 @dataclass(frozen=True)
@@ -104,20 +99,22 @@ class ViewSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "views", tuple(self.views))
-        if not self.views:
-            raise UserError("view specification has no views: give at least one")
+        need(bool(self.views), "view specification has no views: give at least one")
         for view in self.views:
             view.validate()
-        if self.divide < 1:
-            raise UserError(f"divide is {self.divide}: give the tiles per side, 1 or more")
+        need(self.divide >= 1, f"divide is {self.divide}: give the tiles per side, 1 or more")
         for size in self.sizes:
-            if size % self.divide:
-                raise UserError(f"a view of {size} px does not divide into {self.divide} tiles: use a multiple")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UserError(f"mean {self.mean}, std {self.std}: give one of each per channel (3), std above 0")
+            need(
+                size % self.divide == 0, f"a view of {size} px does not divide into {self.divide} tiles: use a multiple"
+            )
+        need(
+            len(self.mean) == len(self.std) == 3 and min(self.std) > 0,
+            f"mean {self.mean}, std {self.std}: give one of each per channel (3), std above 0",
+        )
 
     @property
     def K(self) -> int:
+        """Number of views."""
         return len(self.views)
 
     @property
@@ -131,13 +128,7 @@ def simsiam(K: int = 2, size: int = 224, *, interpolation: str = "bilinear", div
 
     Fast-MoCo's is the same with `interpolation="bicubic"` and `divide=2`.
     """
-    view = View(
-        size,
-        scale=(0.2, 1.0),
-        interpolation=interpolation,
-        blur_p=0.5,
-        **_MOCO,
-    )
+    view = replace(_MOCO, size=size, scale=(0.2, 1.0), interpolation=interpolation, blur_p=0.5)
     return ViewSpec((view,) * K, divide=divide)
 
 
@@ -154,22 +145,18 @@ def byol(
     MoCo v3's (its Sec. 3 and code) is the same with `interpolation="bilinear"`, for ResNet-50 with
     `scale=(0.2, 1)`. `blur=False` is the usual form for CIFAR.
     """
-    turns = [_asymmetric(size, scale, interpolation, which, blur) for which in ("first", "second")]
-    return ViewSpec(tuple(turns[i % 2] for i in range(K)))
+    view = replace(_MOCO, size=size, scale=scale, interpolation=interpolation, saturation=0.2)
+    first = replace(view, blur_p=1.0 if blur else 0.0)
+    second = replace(view, blur_p=0.1 if blur else 0.0, solarize_p=0.2)
+    return ViewSpec(tuple((first, second)[i % 2] for i in range(K)))
 
 
 def swav(
     K: int = 2, size: int = 224, *, scale: tuple[float, float] = (0.14, 1.0), interpolation: str = "bicubic"
 ) -> ViewSpec:
     """K equal views with strong jitter and without solarize (SwAV's code)."""
-    view = View(
-        size,
-        scale=scale,
-        interpolation=interpolation,
-        blur_p=0.5,
-        **_MOCO | {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2},
-    )
-    return ViewSpec((view,) * K)
+    strong = replace(_MOCO, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
+    return ViewSpec((replace(strong, size=size, scale=scale, interpolation=interpolation, blur_p=0.5),) * K)
 
 
 def multicrop(
@@ -190,23 +177,28 @@ def multicrop(
     (DINO Appendix A). `photometry="swav"`: strong jitter and blur 0.5 everywhere, no solarize (SwAV's
     code).
     """
-    if photometry not in PHOTOMETRIES:
-        raise UserError(f"multicrop photometry is {photometry!r}: choose one of {', '.join(PHOTOMETRIES)}")
-    if num_global < 1 or num_local < 0:
-        raise UserError(f"multicrop has {num_global} global and {num_local} local views: give at least 1 and 0")
-    options = {"scale": global_scale, "interpolation": interpolation}
+    need(
+        photometry in PHOTOMETRIES,
+        f"multicrop photometry is {photometry!r}: choose one of {', '.join(PHOTOMETRIES)}",
+    )
+    need(
+        num_global >= 1 and num_local >= 0,
+        f"multicrop has {num_global} global and {num_local} local views: give at least 1 and 0",
+    )
     if photometry == "swav":
-        spec = swav(num_global, global_size, **options)
+        spec = swav(num_global, global_size, scale=global_scale, interpolation=interpolation)
         if not blur:
             spec = replace(spec, views=tuple(replace(v, blur_p=0.0) for v in spec.views))
     else:
-        spec = byol(global_size, K=num_global, blur=blur, **options)
+        spec = byol(global_size, K=num_global, scale=global_scale, interpolation=interpolation, blur=blur)
     return with_local(spec, num_local, local_size, local_scale)
 
 
 def with_local(spec: ViewSpec, num: int, size: int, scale: tuple[float, float]) -> ViewSpec:
-    """`spec` and `num` small views after its own: the first view's photometry, half of them blurred (if that view ever
-    is), never solarized, as DINO (Appendix A) and SwAV make their local crops."""
+    """Add `num` small views to `spec`, as DINO (Appendix A) and SwAV make their local crops.
+
+    They have the first view's photometry, but are never solarized; half of them are blurred, if that view ever is.
+    """
     first = spec.views[0]
     local = replace(first, size=size, scale=scale, blur_p=0.5 if first.blur_p > 0 else 0.0, solarize_p=0.0)
     return replace(spec, views=spec.views + (local,) * num)
@@ -214,29 +206,12 @@ def with_local(spec: ViewSpec, num: int, size: int, scale: tuple[float, float]) 
 
 def cifar(K: int = 2, size: int = 32) -> ViewSpec:
     """K equal views for CIFAR, as in GSG's code: wider crops than SimSiam's, no blur, ImageNet statistics."""
-    view = View(
-        size,
-        scale=(0.08, 1.0),
-        **_MOCO,
-    )
-    return ViewSpec((view,) * K)
+    return ViewSpec((replace(_MOCO, size=size, scale=(0.08, 1.0)),) * K)
 
 
 def evaluation(size: int, fraction: float = 0.875) -> ViewSpec:
     """The centred square of `fraction` of the short side; 0.875 is the usual resize to 256, crop of 224."""
     return ViewSpec((View(size, center=fraction),))
-
-
-def _asymmetric(size: int, scale: tuple[float, float], interpolation: str, which: str, blur: bool) -> View:
-    blur_p = {"first": 1.0, "second": 0.1}[which]
-    return View(
-        size,
-        scale=scale,
-        interpolation=interpolation,
-        blur_p=blur_p if blur else 0.0,
-        solarize_p=0.2 if which == "second" else 0.0,
-        **_MOCO | {"saturation": 0.2},
-    )
 
 
 Recipe = Callable[[int], ViewSpec]  # the views that a method asks for, by their number; sizes and changes are set

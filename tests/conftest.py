@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from loaders.beton import Writer
+from loaders.beton import Reader, Writer
 
 NUM_CLASSES = 4
 
@@ -46,6 +46,17 @@ def write_beton(path: Path, num: int, *, seed: int = 0, sides: tuple[int, int] =
             height, width = rng.integers(*sides, 2).tolist()
             writer.add(jpeg_bytes(photo(rng, height, width)), height, width, i % NUM_CLASSES)
     return path
+
+
+def overwrite(path: Path, *indices: int, content: bytes | None = None) -> None:
+    """Put `content`, zeros unless given, in the place of stored blobs."""
+    with Reader(path) as reader:
+        places = [(int(reader.pointer[i]), int(reader.size[i])) for i in indices]
+    with open(path, "r+b") as file:
+        for start, size in places:
+            assert content is None or len(content) <= size
+            file.seek(start)
+            file.write(bytes(size) if content is None else content)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def describe(reader: Reader) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status."""
+    """Run the command. Returns the exit status."""
 
     def command(arguments: list[str]) -> int:
         config = tyro.cli(InspectOptions, prog="python -m tools.inspect_beton", args=arguments)

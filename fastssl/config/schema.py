@@ -243,7 +243,7 @@ class Run(Options):
         at_least(self, 1, "log_every", "knn_k", "max_steps")
         at_least(self, 0, "checkpoint_minutes")
         above_zero(self, "knn_temperature", "fit")
-        at_least(self, 2, "micro_batch")
+        need(self.micro_batch is None or self.micro_batch >= 2, f"--micro-batch {self.micro_batch}: 2 images or more")
         need(
             self.recalibrate_bn == 0 or self.recalibrate_bn >= 2,
             f"--recalibrate-bn {self.recalibrate_bn}: 2 images or more",

@@ -19,7 +19,7 @@ from fastssl.cli import run_command
 from fastssl.device import pick_device, pick_precision
 from fastssl.evaluate.base import Evaluation, Results, Task, load_backbone
 from fastssl.evaluate.recalibrate import recalibrated
-from fastssl.networks.batch_norm import has_batch_norm
+from fastssl.networks.batch_norm import running_norms
 from loaders.dataset import open_data
 from loaders.errors import UserError
 
@@ -65,7 +65,7 @@ def evaluate_weights(common: Common, evaluation: Evaluation) -> dict[str, Result
     train, val = open_data(common.data), open_data(common.val)
     device = pick_device(common.device)
     net, random_net, size = load_backbone(common.weights, common.backbone, common.size, common.seed)
-    if common.recalibrate_bn and not has_batch_norm(net):
+    if common.recalibrate_bn and not running_norms(net):
         raise UserError("--recalibrate-bn: this network has no BatchNorm, leave it out")
     precision = pick_precision(common.precision, device)
     nets = {"weights": net.to(device).to(memory_format=torch.channels_last)}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastssl.evaluate.features import centre_crops, spread
-from fastssl.networks.batch_norm import GroupedBatchNorm, has_batch_norm, running_norms
+from fastssl.networks.batch_norm import running_norms, ungroup_batch_norm
 from loaders.beton import Reader
 from loaders.dataset import Readers
 from loaders.errors import UserError
@@ -43,20 +43,18 @@ def recalibrated(
     layers are in eval mode. `backbone` itself, its modes and the random numbers do not change. A backbone without
     BatchNorm is returned itself. Raises UserError for fewer than two images.
     """
-    if not has_batch_norm(backbone):
+    if not running_norms(backbone):
         return backbone
     images = min(images, len(reader))
     if images < 2:
         raise UserError(f"BatchNorm's statistics cannot be had from {images} images: raise --recalibrate-bn (10000)")
-    net = copy.deepcopy(backbone).eval()
+    net = ungroup_batch_norm(copy.deepcopy(backbone)).eval()  # no waiting for processes that are not here, no groups
     norms = running_norms(net)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the average of all batches, each weighing the same
         norm.train()
-        if isinstance(norm, GroupedBatchNorm):
-            norm.__class__ = nn.BatchNorm2d  # type: ignore[assignment] # no waiting for processes that are not here, no groups
     num = -(-images // batch_size)
     batch_size = images // num
     ids = spread(len(reader), num * batch_size)

@@ -15,12 +15,13 @@ from torch import Tensor
 from fastssl.conditions import other_than
 from fastssl.device import at_least_fp32
 from fastssl.losses.ops import Owner
+from loaders.checks import Options
 
 # ------------------------------------------------------------------ guided stop-gradient
 
 
 @dataclass(kw_only=True)
-class Guided:
+class Guided(Options):
     """Options of guided stop-gradient (Lee and Lee, "Implicit Contrastive Representation Learning with Guided
     Stop-gradient", NeurIPS 2023)."""
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from fastssl.conditions import above
 from loaders import ViewSpec
-from loaders.checks import at_least, share
+from loaders.checks import Options, at_least, share
 from loaders.views import Recipe, with_local
 
 
 @dataclass(kw_only=True)
-class MultiCrop:
+class MultiCrop(Options):
     """Small views beside the two large ones (SwAV section 3.3), and how their pairs weigh (SSLight: Tan, Saleh and
     Martinez, "Effective Self-supervised Pre-training on Low-compute Networks without Distillation", ICLR 2023)."""
 
@@ -34,8 +34,9 @@ class MultiCrop:
         """Two large views, and L small ones."""
         return with_local(recipe(2), self.num_local, self.local_size, self.local_scale)
 
-    def validate_crops(self) -> None:
+    def validate(self) -> None:
         """Raise UserError for values that make no sense."""
+        super().validate()
         at_least(self, 0, "num_local")
         share(self, "alpha")
 

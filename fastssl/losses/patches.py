@@ -23,7 +23,7 @@ from fastssl.losses.ops import Owner, combine, divide, subsets
 from fastssl.networks.backbones import feature_map
 from fastssl.networks.encode import encode, in_groups
 from loaders import Batch, ViewSpec
-from loaders.checks import flag
+from loaders.checks import Options, above_zero, at_least, flag, need
 from loaders.errors import UserError
 
 Variant = Literal[
@@ -38,7 +38,7 @@ Variant = Literal[
 
 
 @dataclass(kw_only=True)
-class Patches:
+class Patches(Options):
     """Options of combinatorial patches."""
 
     patches: Variant = "off"
@@ -72,16 +72,17 @@ class Patches:
         "extra_size": above("extra_crops", 0),
     }
 
-    def validate_patches(self, num_views: int = 2) -> None:
-        """Raise UserError for values that make no sense with `num_views` target views."""
+    @property
+    def num_target_views(self) -> int:
+        """Views per image that make targets."""
+        return 2
 
-        def need(ok: bool, message: str) -> None:
-            if not ok:
-                raise UserError(message)
-
-        need(self.divide >= 1, f"--divide {self.divide}: at least 1 tile per side")
-        need(self.extra_crops >= 0, f"--extra-crops {self.extra_crops}: 0 or more")
-        need(self.combine_weight > 0, f"--combine-weight {self.combine_weight}: above 0")
+    def validate(self) -> None:
+        """Raise UserError for values that make no sense."""
+        super().validate()
+        at_least(self, 1, "divide", "combine")
+        at_least(self, 0, "extra_crops")
+        above_zero(self, "combine_weight")
         need(
             self.combine_by != "weighted" or self.combine_weight < 1,
             f"--combine-weight {self.combine_weight}: a share, in (0, 1)",
@@ -91,7 +92,6 @@ class Patches:
             not halves or (self.divide, self.combine) == (2, 2),
             f"--patches {self.patches} makes rectangles of two tiles of 2 x 2: use --divide 2 --combine 2",
         )
-        need(self.combine >= 1, f"--combine {self.combine}: at least 1 tile")
         need(
             self.patches != "encode" or self.combine <= self.divide**2,
             f"--combine {self.combine}: a crop of as many tiles is larger than a view of --divide {self.divide}",
@@ -101,8 +101,8 @@ class Patches:
             f"--combine {self.combine}: the {2 * self.divide**2} tiles of two views make no whole number of such crops",
         )
         need(
-            num_views == 2 or not (self.num_drawn or self.patches == "montage"),
-            f"--patches {self.patches} is for methods with two views, here are {num_views}",
+            self.num_target_views == 2 or not (self.num_drawn or self.patches == "montage"),
+            f"--patches {self.patches} is for methods with two views, here are {self.num_target_views}",
         )
         need(
             self.target_view == "other" or self.owned,
@@ -171,41 +171,43 @@ def patch_views(spec: ViewSpec, options: Patches) -> ViewSpec:
     return dataclasses.replace(spec, views=spec.views + extra, divide=n if in_loader else 1)
 
 
-class Features(NamedTuple):
-    """The backbone's features of one BatchNorm layout: views of the same kind, in the same number of parts."""
+class Part(NamedTuple):
+    """Features of one BatchNorm layout: views of one kind, in the same number of tiles or crops."""
 
-    h_VPBD: Tensor
+    x_VPBD: Tensor
     combines: bool
-    """Whether the parts are to be combined."""
+    """Whether the tiles are to be combined."""
     owner_V: list[Owner]
     """The target view that each view's predictions are made from; None: none of them."""
 
 
-class Predictions(NamedTuple):
-    """What the network under training says about a batch."""
+class Patched(NamedTuple):
+    """Features of what predicts and, where the same network makes the targets, of the whole views."""
 
-    p_MBD: Tensor
-    """Predictions."""
-    z_TBD: Tensor | None
-    """Projections of the whole target views, if they were made on the way."""
-    owner_M: list[Owner]
-    """The target view that each prediction was made from; None: none of them."""
+    parts: list[Part]
+    whole_TBD: Tensor | None = None
 
 
-def predictions(g: nn.Module, h: nn.Module, features: Sequence[Features], options: Patches) -> Predictions:
-    """p = h(g(f)) of every view, or of every combination of tiles, from `online_features`.
+def project(g: nn.Module, h: Patched, options: Patches) -> Patched:
+    """z = g(h) of every tile or combination. BatchNorm groups: one per view, with all its combinations."""
+    parts = []
+    for part in h.parts:
+        z_VPBD = _rows(g, _combine(part.x_VPBD, "backbone", part.combines, options))
+        parts.append(part._replace(x_VPBD=_combine(z_VPBD, "projector", part.combines, options)))
+    return Patched(parts)
 
-    BatchNorm groups: one per view, with all its combinations.
-    """
-    z_TBD, p, owner_M = None, [], []
-    for x_VPBD, combines, owner_V in features:
-        x_VPBD = _rows(g, _combine(x_VPBD, "backbone", combines, options))
-        if options.patches == "off" and z_TBD is None:
-            z_TBD = x_VPBD[:, 0]
-        x_VPBD = _combine(_rows(h, _combine(x_VPBD, "projector", combines, options)), "predictor", combines, options)
-        p.append(x_VPBD.flatten(0, 1))
-        owner_M += [owner for owner in owner_V for _ in range(x_VPBD.shape[1])]
-    return Predictions(torch.cat(p), z_TBD, owner_M)
+
+def predict(q: nn.Module, z: Patched, options: Patches) -> Tensor:
+    """p_MBD = q(z) of every combination. BatchNorm groups: one per view, with all its combinations."""
+    p = [_combine(_rows(q, part.x_VPBD), "predictor", part.combines, options).flatten(0, 1) for part in z.parts]
+    return torch.cat(p)
+
+
+def num_predictions(z: Part, options: Patches) -> int:
+    """Predictions that `predict` makes of each view."""
+    if z.combines and options.combine_after == "predictor":
+        return len(subsets(z.x_VPBD.shape[1], options.combine, options.pairs))
+    return z.x_VPBD.shape[1]
 
 
 def _rows(net: nn.Module, x_VPBD: Tensor) -> Tensor:
@@ -220,8 +222,8 @@ def _combine(x_VPBD: Tensor, after: str, combines: bool, options: Patches) -> Te
     return x_CND.unflatten(1, (len(x_VPBD), -1)).transpose(0, 1)
 
 
-def online_features(f: nn.Module, batch: Batch, options: Patches) -> list[Features]:
-    """The backbone's features of whatever predicts. BatchNorm groups: one per view, with all its tiles."""
+def encode_patches(f: nn.Module, batch: Batch, options: Patches) -> Patched:
+    """h = f(x) of whatever predicts. BatchNorm groups: one per view, with all its tiles."""
     n, views = options.divide, options.target_views(batch.views)
     drawn = batch.views[len(views) :]
     crops, extra = drawn[: options.num_drawn], drawn[options.num_drawn :]
@@ -230,29 +232,29 @@ def online_features(f: nn.Module, batch: Batch, options: Patches) -> list[Featur
     def whole(crops: Sequence[Tensor]) -> Tensor:
         return encode(f, crops)[:, None]
 
-    features = []
+    parts = []
     if options.patches == "off":
-        features.append(Features(whole(views), False, every))
+        parts.append(Part(whole(views), False, every))
     elif options.patches == "divide-encode-combine":
         tiles = batch.tiles or [divide(x, n) for x in views]
-        features.append(Features(_parts(f, tiles, n * n), True, every))
+        parts.append(Part(_parts(f, tiles, n * n), True, every))
     elif options.patches == "divide-combine-encode":
         halves = [torch.cat(x.chunk(2, dim=3)) for x in views]  # tiles 0 and 1, tiles 2 and 3
-        features.append(Features(_parts(f, halves, 2), False, every))
+        parts.append(Part(_parts(f, halves, 2), False, every))
     elif options.patches == "encode":
-        features.append(Features(whole(crops), False, nobody * len(crops)))
+        parts.append(Part(whole(crops), False, nobody * len(crops)))
     elif options.patches == "sample-combine-encode":
         # Lying and upright rectangles in turn; those of one shape go through together.
         lying, upright = ([x.chunk(2, dim=2 + i)[0] for x in crops[i::2]] for i in range(2))
-        features += [Features(whole(some), False, nobody * len(some)) for some in (lying, upright) if some]
+        parts += [Part(whole(some), False, nobody * len(some)) for some in (lying, upright) if some]
     elif options.patches == "sample-encode-combine":
         h_PBD = in_groups(f, crops, 1, len(crops)).unflatten(0, (len(crops), -1))
-        features.append(Features(h_PBD[None], True, nobody))
+        parts.append(Part(h_PBD[None], True, nobody))
     elif options.patches == "montage":
-        features.append(Features(torch.cat([_montage(f, x, n) for x in views])[None], True, nobody))
+        parts.append(Part(torch.cat([_montage(f, x, n) for x in views])[None], True, nobody))
     if extra:
-        features.append(Features(whole(extra), False, nobody * len(extra)))
-    return features
+        parts.append(Part(whole(extra), False, nobody * len(extra)))
+    return Patched(parts)
 
 
 def _parts(f: nn.Module, views: Sequence[Tensor], parts: int) -> Tensor:

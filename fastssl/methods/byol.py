@@ -12,16 +12,16 @@ Legend: B images, T target views, M predictions per image, D projection channels
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.losses.ops import feature_std, negative_cosine, pair_loss
-from fastssl.losses.pairs import PairConfig, pair_weights
-from fastssl.losses.patches import Features, online_features, predictions
-from fastssl.methods import base, simsiam
+from fastssl.losses.pairs import PairConfig
+from fastssl.methods import base
 from fastssl.networks.encode import each_view, encode
-from fastssl.networks.heads import OutputNorm, PredictorBias
+from fastssl.networks.heads import Bias, OutputNorm, head_groups, make_heads
 from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
 from fastssl.progress import Progress
 from loaders import Batch
@@ -29,7 +29,7 @@ from loaders import Batch
 
 @dataclass(kw_only=True)
 class Config(PairConfig, Momentum, base.MethodOptions):
-    """Heads of BYOL (section 3.3: 4096 -> 256 in g and h, with biases, no BatchNorm on outputs)."""
+    """Heads of BYOL (section 3.3: 4096 -> 256 in g and h; in its code only hidden layers have biases)."""
 
     dim: int = 256
     """Output of projector and predictor, channels."""
@@ -37,51 +37,49 @@ class Config(PairConfig, Momentum, base.MethodOptions):
     """Linear layers of the projector."""
     projector_hidden: int | None = 4096
     """Hidden layer of the projector, channels. None: as wide as the backbone's features."""
-    projector_bias: bool = True
-    """Biases in the projector's Linear layers."""
+    projector_bias: Bias = "hidden"
+    """Which Linear layers of the projector have biases."""
     projector_norm: OutputNorm = "none"
     """BatchNorm on the projector's output: none, fixed (no scale and shift), affine."""
     predictor_hidden: int = 4096
     """Hidden layer of the predictor, channels."""
-    predictor_bias: PredictorBias = "all"
+    predictor_bias: Bias = "hidden"
     """Which Linear layers of the predictor have biases."""
     ema_schedule: Schedule = "cosine"
     """constant, or cosine: rising to 1 over the run (section 3.3)."""
     sum_directions: bool = True
     """2 - 2 cos summed over the two directions (BYOL). Off: SimSiam's mean of -cos, as guided stop-gradient's code."""
 
-    def validate(self) -> None:
-        """Raise UserError for values that make no sense."""
-        super().validate()
-        self.validate_momentum()
 
-
-class Method(simsiam.Method):
-    """SimSiam's networks, the momentum copies of f and g, and the loss."""
+class Method(base.Method):
+    """f, g, q, the momentum copies of f and g, and the loss."""
 
     def __init__(self, backbone: nn.Module, width: int, config: Config):
-        super().__init__(backbone, width, config)
+        super().__init__(backbone, config.dim)
+        self.config = config
+        self.projector, self.predictor = make_heads(width, config)
         self.target_backbone = momentum_copy(self.backbone, config.target_init)
         self.target_projector = momentum_copy(self.projector, config.target_init)
+        self.steps = config.steps()
+        self.separable = self.steps.separable
 
-    def features(self, batch: Batch) -> tuple[list[Features], Tensor]:
-        """f of what predicts, and the momentum copy's features of the whole views."""
+    def features(self, batch: Batch) -> tuple[Any, Tensor]:
         with torch.no_grad():
-            h_TBD = encode(self.target_backbone, self.config.target_views(batch.views))
-        return online_features(self.backbone, batch, self.config), h_TBD
+            h_TBD = encode(self.target_backbone, self.steps.target_views(batch))
+        return self.steps.encode(self.backbone, batch), h_TBD
 
-    def loss(self, online: list[Features], h_TBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        p_MBD, _, owner_M = predictions(self.projector, self.predictor, online, self.config)
-        z_TBD = self.targets(h_TBD)
-        loss = pair_loss(negative_cosine, p_MBD, z_TBD, pair_weights(owner_M, z_TBD, self.config))
+    def loss(self, h: Any, h_TBD: Tensor) -> tuple[Tensor, base.Metrics]:
+        z = self.steps.project(self.projector, h)
+        p_MBD = self.steps.predict(self.predictor, z)
+        with torch.no_grad():
+            t_TBD = each_view(self.target_projector, h_TBD)
+        loss = pair_loss(negative_cosine, p_MBD, t_TBD, self.steps.weights(z, t_TBD))
         if self.config.sum_directions:
             loss = 4 * (1 + loss)
-        return loss, {"feature_std": feature_std(z_TBD)}
+        return loss, {"feature_std": feature_std(t_TBD)}
 
-    @torch.no_grad()
-    def targets(self, h_TBD: Tensor) -> Tensor:
-        """z of the momentum copy."""
-        return each_view(self.target_projector, h_TBD)
+    def param_groups(self) -> list[dict[str, Any]]:
+        return head_groups(self, self.predictor, self.config.fix_pred_lr)
 
     def before_step(self, progress: Progress) -> None:
         pairs = [(self.target_backbone, self.backbone), (self.target_projector, self.projector)]

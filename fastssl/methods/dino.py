@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import processes
-from fastssl.conditions import JOINT, above, unlike
+from fastssl.conditions import JOINT, above, given, unlike
 from fastssl.device import at_least_fp32
 from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import cross_entropy, feature_std, pair_loss
 from fastssl.methods import base
 from fastssl.networks.encode import all_views, encode_together
-from fastssl.networks.heads import WeightNormLinear, init_like_vit, mlp
+from fastssl.networks.heads import WeightNormLinear, init_linear, mlp
 from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
 from fastssl.progress import Progress
 from loaders import Batch
@@ -48,6 +48,9 @@ class Config(MultiCrop, Momentum, base.MethodOptions):
     """P: outputs (4096 for SSLight's convolutional networks)."""
     train_last_norm: bool = False
     """Train the length of the last layer's rows (on in SSLight's ViTs); off is more stable."""
+    decay_last_norm: bool = False
+    """Let weight decay reach that length under --no-decay 1d, too, as in DINO's and SSLight's code, where it has two
+    axes."""
     student_temperature: float = 0.1
     """T_s."""
     teacher_temperature: float = 0.04
@@ -67,14 +70,14 @@ class Config(MultiCrop, Momentum, base.MethodOptions):
 
     READ_IF = JOINT | {
         **dict.fromkeys(("projector_hidden", "projector_bn"), above("projector_layers", 1)),
+        "decay_last_norm": given("train_last_norm"),
         "teacher_warmup_temperature": above("teacher_warmup_epochs", 0),
         "teacher_warmup_epochs": unlike("teacher_warmup_temperature", "teacher_temperature"),
     }
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
-        self.validate_crops()
-        self.validate_momentum()
+        super().validate()
         at_least(self, 1, "dim", "projector_layers", "projector_hidden", "prototypes")
         above_zero(self, "student_temperature", "teacher_temperature", "teacher_warmup_temperature")
         share(self, "center_momentum")
@@ -89,9 +92,11 @@ class Method(base.Method):
         super().__init__(backbone, config.dim)
         self.config = config
         hidden = [config.projector_hidden] * (config.projector_layers - 1)
-        self.projector = mlp([width, *hidden, config.dim], bias=True, norm=config.projector_bn, activation=nn.GELU)
-        init_like_vit(self.projector)
-        self.prototypes = WeightNormLinear(config.dim, config.prototypes, trainable=config.train_last_norm)
+        self.projector = mlp([width, *hidden, config.dim], bias="all", norm=config.projector_bn, activation=nn.GELU)
+        init_linear(self.projector, 0.02, truncated=True)
+        self.prototypes = WeightNormLinear(
+            config.dim, config.prototypes, trainable=config.train_last_norm, decays=config.decay_last_norm
+        )
         self.target_backbone = momentum_copy(self.backbone, config.target_init)
         self.target_projector = momentum_copy(self.projector, config.target_init)
         self.target_prototypes = momentum_copy(self.prototypes, config.target_init)
@@ -108,7 +113,7 @@ class Method(base.Method):
             h_2BD = encode_together(self.target_backbone, batch.views[:2])
         return encode_together(self.backbone, batch.views), h_2BD
 
-    def loss(self, h_KBD: Tensor, h_2BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, h_KBD: Tensor, h_2BD: Tensor) -> tuple[Tensor, base.Metrics]:
         config, num_views = self.config, len(h_KBD)
         z_KBD = F.normalize(all_views(self.projector, h_KBD), dim=-1)
         s_KBP = self.prototypes(z_KBD)

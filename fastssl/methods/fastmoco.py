@@ -10,15 +10,27 @@ BatchNorm groups: all tiles of a view in the backbone, all its combinations in t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from fastssl import processes
+from fastssl.losses.ops import feature_std, info_nce, pair_loss
+from fastssl.losses.pairs import PairConfig
 from fastssl.losses.patches import Variant
-from fastssl.methods import mocov3
-from fastssl.networks.heads import OutputNorm, PredictorBias
-from fastssl.networks.momentum import Schedule
+from fastssl.methods import base
+from fastssl.networks.encode import each_view, encode
+from fastssl.networks.heads import Bias, OutputNorm, head_groups, make_heads
+from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
+from fastssl.progress import Progress
+from loaders import Batch
+from loaders.checks import above_zero
 
 
 @dataclass(kw_only=True)
-class Config(mocov3.Config):
+class Config(PairConfig, Momentum, base.MethodOptions):
     """Heads of Fast-MoCo's code: SimSiam's, but with biases and a full BatchNorm on the projector's output."""
 
     dim: int = 2048
@@ -27,13 +39,13 @@ class Config(mocov3.Config):
     """Linear layers of the projector."""
     projector_hidden: int | None = 2048
     """Hidden layers of the projector, channels, for every backbone. None: as wide as the backbone's features."""
-    projector_bias: bool = True
-    """Biases in the projector's Linear layers."""
+    projector_bias: Bias = "all"
+    """Which Linear layers of the projector have biases."""
     projector_norm: OutputNorm = "affine"
     """BatchNorm on the projector's output: none, fixed (no scale and shift), affine."""
     predictor_hidden: int = 512
     """Hidden layer of the predictor, channels."""
-    predictor_bias: PredictorBias = "all"
+    predictor_bias: Bias = "all"
     """Which Linear layers of the predictor have biases."""
     fix_pred_lr: bool = True
     """Keep the predictor's learning rate at its initial value, without warm-up (Fast-MoCo's code, not its paper)."""
@@ -43,6 +55,47 @@ class Config(mocov3.Config):
     """2 T times the sum over the two directions (MoCo v3's code). Off: the mean over all terms (Fast-MoCo's)."""
     patches: Variant = "divide-encode-combine"
     """What predicts; see `Patches`."""
+    temperature: float = 1.0
+    """T: similarities are divided by it."""
+
+    def validate(self) -> None:
+        """Raise UserError for values that make no sense."""
+        super().validate()
+        above_zero(self, "temperature")
 
 
-Method = mocov3.Method
+class Method(base.Method):
+    """f, g, q, the momentum copies of f and g, and the loss."""
+
+    def __init__(self, backbone: nn.Module, width: int, config: Config):
+        super().__init__(backbone, config.dim)
+        self.config = config
+        self.projector, self.predictor = make_heads(width, config)
+        self.target_backbone = momentum_copy(self.backbone, config.target_init)
+        self.target_projector = momentum_copy(self.projector, config.target_init)
+        self.steps = config.steps()
+
+    def features(self, batch: Batch) -> tuple[Any, Tensor]:
+        with torch.no_grad():
+            h_TBD = encode(self.target_backbone, self.steps.target_views(batch))
+        return self.steps.encode(self.backbone, batch), h_TBD
+
+    def loss(self, h: Any, h_TBD: Tensor) -> tuple[Tensor, base.Metrics]:
+        z = self.steps.project(self.projector, h)
+        p_MBD = self.steps.predict(self.predictor, z)
+        with torch.no_grad():
+            z_TBD = each_view(self.target_projector, h_TBD)
+        k_TND = [processes.gather(z_BD) for z_BD in z_TBD]
+        own_B = processes.own_rows(z_TBD.shape[1], z_TBD.device)
+        cross_entropy = partial(info_nce, temperature=self.config.temperature, positives=own_B)
+        loss = pair_loss(cross_entropy, p_MBD, k_TND, self.steps.weights(z, z_TBD))
+        if self.config.sum_directions:
+            loss = 4 * self.config.temperature * loss
+        return loss, {"feature_std": feature_std(z_TBD)}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return head_groups(self, self.predictor, self.config.fix_pred_lr)
+
+    def before_step(self, progress: Progress) -> None:
+        pairs = [(self.target_backbone, self.backbone), (self.target_projector, self.projector)]
+        ema_update(pairs, self.config.ema_at(progress))

@@ -13,21 +13,24 @@ Legend: B images, K views, M predictions per image, D projection channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastssl.losses.guided import guide_mean, spread
-from fastssl.losses.ops import feature_std, mean_of_others, negative_cosine, own, pair_loss
-from fastssl.losses.patches import Features, predictions
-from fastssl.methods import simsiam
-from loaders import UserError
+from fastssl.losses.ops import feature_std, mean_of_others, negative_cosine, pair_loss
+from fastssl.losses.pairs import PairConfig
+from fastssl.methods import base
+from fastssl.networks.heads import head_groups, make_heads
+from loaders import Batch
+from loaders.checks import at_least, need
 
 
 @dataclass(kw_only=True)
-class Config(simsiam.Config):
+class Config(PairConfig, base.MethodOptions):
     """SimSiam's heads (section 3.2 of FastSiam) and the number of views."""
 
+    fix_pred_lr: bool = True
+    """Keep the predictor's learning rate at its initial value (SimSiam section 4.2)."""
     num_views: int = 4
     """K: views per image, of which K - 1 make the target of each (section 4.1: 3 targets)."""
     guided_views: Literal[2, 4] = 2
@@ -35,31 +38,38 @@ class Config(simsiam.Config):
 
     @property
     def num_target_views(self) -> int:
-        """Views per image that make targets."""
         return self.num_views
 
     def validate(self) -> None:
-        """Raise UserError for values that make no sense."""
-        if self.num_views < 2:
-            raise UserError(
-                f"--num-views {self.num_views}: a view needs at least one other as its target, use 2 or more"
-            )
+        at_least(self, 2, "num_views")
         super().validate()
-        if self.guided_views != 2:
-            raise UserError(f"--guided-views {self.guided_views}: fastsiam's views serve in both roles, leave it at 2")
-        if self.target_view == "same":
-            raise UserError("--target-view same: the target of fastsiam is the mean of the other views")
+        need(
+            self.guided_views == 2,
+            f"--guided-views {self.guided_views}: fastsiam's views serve in both roles, leave it at 2",
+        )
+        need(self.target_view == "other", "--target-view same: the target of fastsiam is the mean of the other views")
 
 
-class Method(simsiam.Method):
-    """SimSiam's networks under FastSiam's loss."""
+class Method(base.Method):
+    """f, g, h and the loss."""
 
-    def loss(self, online: list[Features], h_TBD: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        p_MBD, z_KBD, owner_M = predictions(self.projector, self.predictor, online, self.config)
-        z_KBD = self.targets(z_KBD, h_TBD)
+    def __init__(self, backbone: nn.Module, width: int, config: Config):
+        super().__init__(backbone, config.dim)
+        self.config = config
+        self.projector, self.predictor = make_heads(width, config)
+        self.steps = config.steps(siamese=True, mean_targets=True)
+        self.separable = self.steps.separable
+
+    def features(self, batch: Batch) -> tuple[Any]:
+        return (self.steps.encode(self.backbone, batch),)
+
+    def loss(self, h: Any) -> tuple[Tensor, base.Metrics]:
+        z = self.steps.project(self.projector, h)
+        p_MBD = self.steps.predict(self.predictor, z)
+        z_KBD = self.steps.targets(z)
         t_KBD = mean_of_others(z_KBD)
-        w = own(owner_M, len(t_KBD))
-        if self.config.guided != "off":
-            w = spread(guide_mean(z_KBD, self.config), owner_M)
-        loss = pair_loss(negative_cosine, p_MBD, t_KBD, w)
+        loss = pair_loss(negative_cosine, p_MBD, t_KBD, self.steps.weights(z, z_KBD))
         return loss, {"feature_std": feature_std(z_KBD)}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return head_groups(self, self.predictor, self.config.fix_pred_lr)

@@ -25,9 +25,9 @@ from fastssl.device import at_least_fp32
 from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import feature_std, info_nce_queue, pair_loss
 from fastssl.methods import base
-from fastssl.networks.batch_norm import split_batch_norm
+from fastssl.networks.batch_norm import group_batch_norm, need_batch_norm_groups
 from fastssl.networks.encode import encode, encode_shuffled, encode_together
-from fastssl.networks.heads import init_like_vit, mlp
+from fastssl.networks.heads import init_linear, mlp
 from fastssl.networks.momentum import Momentum, ema_update, momentum_copy
 from fastssl.networks.queue import Queue
 from fastssl.progress import Progress
@@ -60,8 +60,7 @@ class Config(MultiCrop, Momentum, base.MethodOptions):
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
-        self.validate_crops()
-        self.validate_momentum()
+        super().validate()
         at_least(self, 1, "queue_size", "bn_splits", "dim", "projector_hidden")
         above_zero(self, "temperature")
 
@@ -77,11 +76,14 @@ class Method(base.Method):
     """f, g, their momentum copies, the queue and the loss."""
 
     def __init__(self, backbone: nn.Module, width: int, config: Config):
-        super().__init__(split_batch_norm(backbone, config.bn_splits) if config.bn_splits > 1 else backbone, config.dim)
+        super().__init__(backbone, config.dim)
+        if config.bn_splits > 1:
+            need_batch_norm_groups(backbone, "--bn-splits")
+            group_batch_norm(backbone, splits=config.bn_splits)
         self.config = config
-        self.projector = mlp([width, config.projector_hidden or width, config.dim], bias=True, norm=False)
+        self.projector = mlp([width, config.projector_hidden or width, config.dim], bias="all", norm=False)
         if config.projector_init == "vit":
-            init_like_vit(self.projector)
+            init_linear(self.projector, 0.02, truncated=True)
         self.target_backbone = momentum_copy(self.backbone, config.target_init)
         self.target_projector = momentum_copy(self.projector, config.target_init)
         self.queue = Queue(config.queue_size, config.dim)
@@ -99,7 +101,7 @@ class Method(base.Method):
                 h_TBD = encode(self.target_backbone, views[:with_keys])
         return torch.cat(h), h_TBD
 
-    def loss(self, h_MBD: Tensor, h_TBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, h_MBD: Tensor, h_TBD: Tensor) -> tuple[Tensor, base.Metrics]:
         config, with_keys = self.config, len(h_TBD)
         q_MBD = self.projector(h_MBD)
         with torch.no_grad():

@@ -12,32 +12,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastssl import processes
 from fastssl.losses.ops import feature_std, info_nce, pair_loss
-from fastssl.losses.pairs import pair_weights
-from fastssl.losses.patches import Features, predictions
-from fastssl.methods import byol
-from fastssl.networks.heads import OutputNorm, PredictorBias
+from fastssl.losses.pairs import PairConfig
+from fastssl.methods import base
+from fastssl.networks.encode import each_view, encode
+from fastssl.networks.heads import Bias, OutputNorm, head_groups, make_heads
+from fastssl.networks.momentum import Momentum, Schedule, ema_update, momentum_copy
+from fastssl.progress import Progress
+from loaders import Batch
 from loaders.checks import above_zero
 
 
 @dataclass(kw_only=True)
-class Config(byol.Config):
+class Config(PairConfig, Momentum, base.MethodOptions):
     """Heads of MoCo v3's ResNet-50 (its code: two layers each without biases, BatchNorm on the projector's output)."""
 
-    projector_bias: bool = False
-    """Biases in the projector's Linear layers."""
+    dim: int = 256
+    """Output of projector and predictor, channels."""
+    projector_layers: int = 2
+    """Linear layers of the projector."""
+    projector_hidden: int | None = 4096
+    """Hidden layer of the projector, channels. None: as wide as the backbone's features."""
+    projector_bias: Bias = "none"
+    """Which Linear layers of the projector have biases."""
     projector_norm: OutputNorm = "fixed"
     """BatchNorm on the projector's output: none, fixed (no scale and shift), affine."""
-    predictor_bias: PredictorBias = "none"
+    predictor_hidden: int = 4096
+    """Hidden layer of the predictor, channels."""
+    predictor_bias: Bias = "none"
     """Which Linear layers of the predictor have biases."""
-    temperature: float = 1.0
-    """T: similarities are divided by it (1.0 for ResNet-50, 0.2 for ViTs)."""
+    ema_schedule: Schedule = "cosine"
+    """constant, or cosine: rising to 1 over the run."""
     sum_directions: bool = True
     """2 T times the sum over the two directions (MoCo v3's code). Off: the mean over all terms (Fast-MoCo's)."""
+    temperature: float = 1.0
+    """T: similarities are divided by it (1.0 for ResNet-50, 0.2 for ViTs)."""
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
@@ -45,18 +60,38 @@ class Config(byol.Config):
         above_zero(self, "temperature")
 
 
-class Method(byol.Method):
-    """BYOL's networks under a contrastive loss."""
+class Method(base.Method):
+    """f, g, q, the momentum copies of f and g, and the loss."""
 
-    separable = False  # the other images are the negatives
+    def __init__(self, backbone: nn.Module, width: int, config: Config):
+        super().__init__(backbone, config.dim)
+        self.config = config
+        self.projector, self.predictor = make_heads(width, config)
+        self.target_backbone = momentum_copy(self.backbone, config.target_init)
+        self.target_projector = momentum_copy(self.projector, config.target_init)
+        self.steps = config.steps()
 
-    def loss(self, online: list[Features], h_TBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        p_MBD, _, owner_M = predictions(self.projector, self.predictor, online, self.config)
-        z_TBD = self.targets(h_TBD)
+    def features(self, batch: Batch) -> tuple[Any, Tensor]:
+        with torch.no_grad():
+            h_TBD = encode(self.target_backbone, self.steps.target_views(batch))
+        return self.steps.encode(self.backbone, batch), h_TBD
+
+    def loss(self, h: Any, h_TBD: Tensor) -> tuple[Tensor, base.Metrics]:
+        z = self.steps.project(self.projector, h)
+        p_MBD = self.steps.predict(self.predictor, z)
+        with torch.no_grad():
+            z_TBD = each_view(self.target_projector, h_TBD)
         k_TND = [processes.gather(z_BD) for z_BD in z_TBD]
         own_B = processes.own_rows(z_TBD.shape[1], z_TBD.device)
-        distance = partial(info_nce, temperature=self.config.temperature, positives=own_B)
-        loss = pair_loss(distance, p_MBD, k_TND, pair_weights(owner_M, z_TBD, self.config))
+        cross_entropy = partial(info_nce, temperature=self.config.temperature, positives=own_B)
+        loss = pair_loss(cross_entropy, p_MBD, k_TND, self.steps.weights(z, z_TBD))
         if self.config.sum_directions:
             loss = 4 * self.config.temperature * loss
         return loss, {"feature_std": feature_std(z_TBD)}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return head_groups(self, self.predictor, self.config.fix_pred_lr)
+
+    def before_step(self, progress: Progress) -> None:
+        pairs = [(self.target_backbone, self.backbone), (self.target_projector, self.projector)]
+        ema_update(pairs, self.config.ema_at(progress))

@@ -12,6 +12,7 @@ Legend: B images of this process, N of all processes, T target views, M predicti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,16 @@ from torch import Tensor, nn
 from fastssl import processes
 from fastssl.device import at_least_fp32
 from fastssl.losses.ops import feature_std, info_nce, pair_loss
-from fastssl.losses.pairs import pair_weights
-from fastssl.losses.patches import Features, predictions
-from fastssl.methods import simsiam
-from fastssl.networks.heads import OutputNorm
+from fastssl.losses.pairs import PairConfig
+from fastssl.methods import base
+from fastssl.networks.heads import OutputNorm, head_groups, make_heads
 from fastssl.networks.queue import Queue
+from loaders import Batch
 from loaders.checks import above_zero, at_least
 
 
 @dataclass(kw_only=True)
-class Config(simsiam.Config):
+class Config(PairConfig, base.MethodOptions):
     """Heads of NNCLR (section 4.1: 2048-2048-256 with BatchNorm in g, 4096-256 in h)."""
 
     dim: int = 256
@@ -54,27 +55,32 @@ class Config(simsiam.Config):
         at_least(self, 1, "queue_size")
 
 
-class Method(simsiam.Method):
-    """SimSiam's networks, a queue of projections, and a contrastive loss."""
-
-    separable = False  # the other images are the negatives
+class Method(base.Method):
+    """f, g, h, the queue of projections, and the loss."""
 
     def __init__(self, backbone: nn.Module, width: int, config: Config):
-        super().__init__(backbone, width, config)
+        super().__init__(backbone, config.dim)
+        self.config = config
+        self.projector, self.predictor = make_heads(width, config)
         self.queue = Queue(config.queue_size, config.dim)
+        self.steps = config.steps(siamese=True)
 
-    def loss(self, online: list[Features], h_TBD: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        p_MBD, z_TBD, owner_M = predictions(self.projector, self.predictor, online, self.config)
-        z_TBD = self.targets(z_TBD, h_TBD)
+    def features(self, batch: Batch) -> tuple[Any]:
+        return (self.steps.encode(self.backbone, batch),)
+
+    def loss(self, h: Any) -> tuple[Tensor, base.Metrics]:
+        z = self.steps.project(self.projector, h)
+        p_MBD = self.steps.predict(self.predictor, z)
+        z_TBD = self.steps.targets(z)
         n_TBD = self.neighbours(z_TBD)
         own_B = processes.own_rows(z_TBD.shape[1], z_TBD.device)
 
-        def distance(p_mBD: Tensor, n_BD: Tensor) -> Tensor:  # the neighbour looks for its prediction
+        def cross_entropy(p_mBD: Tensor, n_BD: Tensor) -> Tensor:  # the neighbour looks for its prediction
             return torch.stack(
                 [info_nce(n_BD, processes.gather_with_grad(p_BD), self.config.temperature, own_B) for p_BD in p_mBD]
             )
 
-        loss = pair_loss(distance, p_MBD, n_TBD, pair_weights(owner_M, z_TBD, self.config))
+        loss = pair_loss(cross_entropy, p_MBD, n_TBD, self.steps.weights(z, z_TBD))
         self.queue.push(processes.gather(F.normalize(at_least_fp32(z_TBD[0]), dim=1)))
         return loss, {"feature_std": feature_std(z_TBD)}
 
@@ -83,3 +89,6 @@ class Method(simsiam.Method):
         """NN(z): for every projection the queue's row with the largest cosine (eq. 3)."""
         nearest_TB = (F.normalize(at_least_fp32(z_TBD), dim=-1) @ self.queue.rows.T).argmax(-1)
         return self.queue.rows[nearest_TB]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return head_groups(self, self.predictor, self.config.fix_pred_lr)

@@ -11,15 +11,13 @@ Legend: B images, T target views, M predictions per image, D projection channels
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastssl.losses.ops import feature_std, negative_cosine, pair_loss
-from fastssl.losses.pairs import PairConfig, pair_weights
-from fastssl.losses.patches import Features, online_features, predictions
+from fastssl.losses.pairs import PairConfig
 from fastssl.methods import base
-from fastssl.networks.encode import each_view, encode
 from fastssl.networks.heads import head_groups, make_heads
 from loaders import Batch
 
@@ -39,30 +37,18 @@ class Method(base.Method):
         super().__init__(backbone, config.dim)
         self.config = config
         self.projector, self.predictor = make_heads(width, config)
+        self.steps = config.steps(siamese=True)
+        self.separable = self.steps.separable
 
-    @property
-    def separable(self) -> bool:
-        """Whether the loss is a mean over images that see each other in BatchNorm only."""
-        return self.config.guided == "off" and self.config.patches != "montage"
+    def features(self, batch: Batch) -> tuple[Any]:
+        return (self.steps.encode(self.backbone, batch),)
 
-    def features(self, batch: Batch) -> tuple[list[Features], Tensor | None]:
-        """f of what predicts; and f of the whole views, if predictions are made from parts of them."""
-        online, h_TBD = online_features(self.backbone, batch, self.config), None
-        if self.config.patches != "off":
-            with torch.no_grad():
-                h_TBD = encode(self.backbone, self.config.target_views(batch.views))
-        return online, h_TBD
+    def loss(self, h: Any) -> tuple[Tensor, base.Metrics]:
+        z = self.steps.project(self.projector, h)
+        p_MBD = self.steps.predict(self.predictor, z)
+        t_TBD = self.steps.targets(z)
+        loss = pair_loss(negative_cosine, p_MBD, t_TBD, self.steps.weights(z, t_TBD))
+        return loss, {"feature_std": feature_std(t_TBD)}
 
-    def loss(self, online: list[Features], h_TBD: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        p_MBD, z_TBD, owner_M = predictions(self.projector, self.predictor, online, self.config)
-        z_TBD = self.targets(z_TBD, h_TBD)
-        loss = pair_loss(negative_cosine, p_MBD, z_TBD, pair_weights(owner_M, z_TBD, self.config))
-        return loss, {"feature_std": feature_std(z_TBD)}
-
-    @torch.no_grad()
-    def targets(self, z_TBD: Tensor | None, h_TBD: Tensor | None) -> Tensor:
-        """sg[z]: those of the predictions, or of the whole views (Fast-MoCo section 4.4)."""
-        return each_view(self.projector, h_TBD) if z_TBD is None else z_TBD.detach()
-
-    def param_groups(self) -> list[dict]:
-        return head_groups(self)
+    def param_groups(self) -> list[dict[str, Any]]:
+        return head_groups(self, self.predictor, self.config.fix_pred_lr)

@@ -25,7 +25,7 @@ from fastssl.losses.multicrop import MultiCrop, rebalanced_weights
 from fastssl.losses.ops import cross_entropy, feature_std, pair_loss, sinkhorn
 from fastssl.methods import base
 from fastssl.networks.encode import all_views, encode_together
-from fastssl.networks.heads import mlp
+from fastssl.networks.heads import init_linear, mlp
 from fastssl.networks.queue import Queue
 from fastssl.progress import Progress
 from loaders import Batch
@@ -40,6 +40,8 @@ class Config(MultiCrop, base.MethodOptions):
     """Output of the projector, channels."""
     projector_hidden: int = 2048
     """Hidden layer of the projector, channels (4096 in SSLight)."""
+    projector_init: Literal["default", "normal"] = "default"
+    """How projector and prototypes start: torch's initialisation, or a normal of std 0.01 with biases 0 (SSLight)."""
     prototypes: int = 3000
     """P: cluster centres."""
     temperature: float = 0.1
@@ -59,7 +61,7 @@ class Config(MultiCrop, base.MethodOptions):
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
-        self.validate_crops()
+        super().validate()
         above_zero(self, "temperature", "epsilon")
         at_least(self, 1, "dim", "projector_hidden", "prototypes", "sinkhorn_iterations")
         at_least(self, 0, "queue_size")
@@ -71,8 +73,11 @@ class Method(base.Method):
     def __init__(self, backbone: nn.Module, width: int, config: Config):
         super().__init__(backbone, config.dim)
         self.config = config
-        self.projector = mlp([width, config.projector_hidden, config.dim], bias=True)
+        self.projector = mlp([width, config.projector_hidden, config.dim], bias="all")
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
+        if config.projector_init == "normal":
+            init_linear(self.projector, 0.01)
+            init_linear(self.prototypes, 0.01)
         self.queues = nn.ModuleList(Queue(config.queue_size, config.dim) for _ in range(2 if config.queue_size else 0))
         self.steps_filling = -1  # steps since the queues began to fill; before that, negative
         self.queue_state: Literal["waits", "fills", "serves"] = "waits"
@@ -84,7 +89,7 @@ class Method(base.Method):
             self.queue_state = "serves" if full else "fills"
         return (encode_together(self.backbone, batch.views),)
 
-    def loss(self, h_KBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, h_KBD: Tensor) -> tuple[Tensor, base.Metrics]:
         config, num_views = self.config, len(h_KBD)
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))

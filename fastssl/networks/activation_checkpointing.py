@@ -11,12 +11,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fastssl.networks import batch_norm
+from fastssl.networks.batch_norm import batch_norm_groups, group_batch_norm, groups_of, need_batch_norm_groups
 from loaders.errors import UserError
 
 _TORCHVISION = (BasicBlock, Bottleneck, InvertedResidual)
@@ -36,7 +35,9 @@ def checkpoint_activations(net: nn.Module, name: str) -> None:
             f"--activation-checkpointing: {name} is not made of blocks that can be recomputed, leave it out; it works "
             "with resnet*, mobilenet_v2, vit-* and the models of timm that are made of residual blocks"
         )
+    need_batch_norm_groups(net, "--activation-checkpointing")
     for block in blocks:
+        group_batch_norm(block)
         block.__class__ = _checkpointed(type(block))
 
 
@@ -70,22 +71,8 @@ def _checkpointed(block: type[nn.Module]) -> type[nn.Module]:
 
 
 def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """What the first pass and the second one, later in the backward pass, run in."""
-    norms = {m: m.__dict__.copy() for m in block.modules() if isinstance(m, _BatchNorm)}
-    return contextlib.nullcontext(), _again(norms, frozen=batch_norm._frozen)
-
-
-@contextlib.contextmanager
-def _again(norms: dict[_BatchNorm, dict[str, object]], *, frozen: bool) -> Iterator[None]:
-    """BatchNorms have the attributes that they had in the first pass (their groups are set for each pass), and update
-    copies of their running statistics; or none if they did not update any then."""
-    now = {norm: norm.__dict__ for norm in norms}
-    for norm, before in norms.items():
-        copies = {name: None if b is None else b.clone() for name, b in norm._buffers.items()}
-        norm.__dict__ = before | {"_buffers": copies}
-    try:
-        with batch_norm.frozen_running_stats() if frozen else contextlib.nullcontext():
-            yield
-    finally:
-        for norm, attributes in now.items():
-            norm.__dict__ = attributes
+    """What the first pass and the second one, later in the backward pass, run in: the second one has the BatchNorm
+    groups that the first one had, which are set for each pass, and leaves running statistics alone."""
+    groups = groups_of(block)
+    running = "copy" if groups.running == "update" else groups.running
+    return contextlib.nullcontext(), batch_norm_groups(block, **groups._replace(running=running)._asdict())

@@ -35,7 +35,8 @@ def backbone(
     Names, and where the names in their state dicts are from:
     - resnet18, resnet34, resnet50 (torchvision), and the same with -cifar: 3x3 stride-1 stem, no max-pool
     - mobilenet_v2 (torchvision): width 1.0, 1280 features
-    - vit-t32, vit-t16, vit-s16 (timm): ViT-Tiny and ViT-Small with patches of 32 and 16 px, class token as features
+    - vit-t32, vit-t16, vit-s16 (timm's names): DINO's ViT-Tiny and ViT-Small with patches of 32 and 16 px, class token
+      as features
     - timm/NAME: any model of timm, pooled as that model does
 
     `size` is the side of the run's images, px: ViTs learn positions for it. They take other sizes, too, by bicubic
@@ -56,8 +57,10 @@ def backbone(
         net = torchvision.models.mobilenet_v2()
         net.classifier = nn.Identity()
     elif name in _VITS:
+        from fastssl.networks.vit import like_dino
+
         model, patch = _VITS[name]
-        net = _timm(name, model, size, patch_size=patch, drop_path_rate=drop_path)
+        net = like_dino(_timm(name, model, size, patch_size=patch, drop_path_rate=drop_path))
     elif name.startswith("timm/"):
         # Only residual networks know the first option.
         options = {"zero_init_last": zero_init_residual, "drop_path_rate": drop_path or None}

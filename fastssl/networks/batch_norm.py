@@ -1,12 +1,13 @@
-"""BatchNorm groups: rows of one batch that are normalised apart, as if each group went through by itself.
+"""BatchNorm groups: rows of one pass that have statistics of their own, as if each group went through by itself.
 
-Legend: B images of this process, V views, P parts of each.
+The rows of a pass are [V, P, B]: V views, P parts of each view (tiles, combinations of them), B images of this process.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,35 +18,55 @@ from fastssl import processes
 from fastssl.device import at_least_fp32
 from loaders.errors import UserError
 
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Groups(NamedTuple):
+    """How the rows [V, P, B] of a pass are grouped. A group is all parts of one view."""
+
+    views: int = 1
+    """V."""
+    parts: int = 1
+    """P."""
+    images: int | None = None
+    """Images of a group, for micro-batches. None: all B."""
+    splits: int = 1
+    """Each group is cut into as many, its images going to them in turn (MoCo's code)."""
+    joint: bool = False
+    """All views are one group."""
+    sync: bool = False
+    """Groups include the images of all processes."""
+    running: Literal["update", "copy", "leave"] = "update"
+    """What follows the groups: the running statistics; copies of them, for a pass that is made again and has to save
+    for its gradient what the first one saved; or nothing, for any other pass that is made again."""
+
 
 class GroupedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose batch falls into groups with statistics of their own, as if each went through by itself.
+    """BatchNorm with statistics for each of `groups`, for 1-D and 2-D inputs. State dict as BatchNorm's.
 
-    Rows are [V, P, B]: V views, P parts of each (tiles, combinations), B images. A group is all parts of one view of
-    `images` images, or of all; running statistics follow the groups one after another. State dict as BatchNorm's.
+    Running statistics follow the groups one after another. `groups` is set by the functions of this module alone.
     """
 
-    views = parts = 1  # V and P of the rows that come next: see `in_groups`
-    images: int | None = None  # images per group (micro-batches); None: all
-    splits = 1  # these are dealt out to as many groups, one after another (MoCo's code)
-    joint = False  # one group for all views
-    sync = False  # groups reach over all processes
+    groups = Groups()
 
-    def _check_input_dim(self, x: Tensor) -> None:
-        """[N, C, ...]"""
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept [N, C, ...]."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        views, parts = (1, self.views * self.parts) if self.joint else (self.views, self.parts)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._normalise(input) if self.training else super().forward(input)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """The forward pass in train mode, [N, C, ...]."""
+        given = self.groups
+        views, parts = (1, given.views * given.parts) if given.joint else (given.views, given.parts)
         num = len(x) // (views * parts)
-        batches = num // min(num, self.images or num)
-        groups = views * batches * self.splits
-        if not _frozen:
-            self.num_batches_tracked.add_(views * batches)
-        apart = (parts > 1 and batches > 1) or self.splits > 1  # a group's rows are not neighbours
+        batches = num // min(num, given.images or num)
+        groups = views * batches * given.splits
+        if given.running == "update":
+            self._tracked(self.num_batches_tracked).add_(views * batches)
+        apart = (parts > 1 and batches > 1) or given.splits > 1  # a group's rows are not neighbours
         if apart or self._synced or (groups > 1 and torch.compiler.is_compiling()):
-            return self._in_one_pass(x, (views, parts, batches, -1, self.splits))
+            return self._in_one_pass(x, (views, parts, batches, -1, given.splits))
         if groups == 1:
             return self._plain(x)
         out: list[Tensor] = [x] * groups  # replaced below, batch after batch as separate passes would come
@@ -55,8 +76,11 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         return torch.cat(out)
 
     def _plain(self, x: Tensor) -> Tensor:
-        running = (None, None) if _frozen else (self.running_mean, self.running_var)
-        return F.batch_norm(x, *running, self.weight, self.bias, True, self._rate, self.eps)
+        mean, var = self.running_mean, self.running_var
+        if self.groups.running != "update":
+            copies = self.groups.running == "copy"
+            mean, var = (self._tracked(b).clone() if copies else None for b in (mean, var))
+        return F.batch_norm(x, mean, var, self.weight, self.bias, True, self._rate, self.eps)
 
     def _in_one_pass(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The same in plain operations, which a compiler fuses with what follows. `shape` is [V, P, batches, B, S]."""
@@ -69,7 +93,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             mean_R, var_R = processes.gather_with_grad(torch.stack([mean, var])[None]).unbind(1)
             mean = mean_R.mean(0)
             var = (var_R + (mean_R - mean).square()).mean(0)
-        if not _frozen:
+        if self.groups.running == "update":
             self._track(mean.detach(), var.detach() * (count / max(1, count - 1)))
         scale = torch.rsqrt(var + self.eps)
         if self.affine:
@@ -81,13 +105,19 @@ class GroupedBatchNorm(nn.BatchNorm2d):
 
     def _track(self, mean: Tensor, var: Tensor) -> None:
         """Running statistics after the groups [V, 1, batches, 1, S, C, ...]: batch by batch, splits averaged."""
-        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+        for running, new in ((self._tracked(self.running_mean), mean), (self._tracked(self.running_var), var)):
             for new_C in new.flatten(5)[:, 0, :, 0].mean(2).transpose(0, 1).flatten(0, 1).to(running.dtype):
                 running.data.lerp_(new_C, self._rate)  # .data: as in torch's own, it is no change to what was saved
 
+    @staticmethod
+    def _tracked(buffer: Tensor | None) -> Tensor:
+        if buffer is None:
+            raise ValueError("BatchNorm in groups needs running statistics: track_running_stats=True")
+        return buffer
+
     @property
     def _synced(self) -> bool:
-        return self.sync and processes.size() > 1
+        return self.groups.sync and processes.size() > 1
 
     @property
     def _rate(self) -> float:
@@ -96,59 +126,66 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         return self.momentum
 
 
-_frozen = False
+def group_batch_norm(module: Module, **groups: Any) -> Module:
+    """Make every BatchNorm in `module` a grouped one, with these fields of `Groups`; state and names stay.
+
+    torch's BatchNorm1d and BatchNorm2d and timm's BatchNormAct2d can be grouped, others are left alone (see
+    `need_batch_norm_groups`). Returns `module`.
+    """
+    for m in module.modules():
+        if (grouped := _grouped(type(m))) is not None:
+            m.__class__ = grouped
+        if isinstance(m, GroupedBatchNorm):
+            m.groups = m.groups._replace(**groups)
+    return module
 
 
 @contextlib.contextmanager
-def frozen_running_stats() -> Iterator[None]:
-    """`GroupedBatchNorm`s inside leave their running statistics alone: for passes that are made a second time."""
-    global _frozen
-    before, _frozen = _frozen, True
+def batch_norm_groups(net: nn.Module, **groups: Any) -> Iterator[None]:
+    """Set these fields of `Groups` in every grouped BatchNorm of `net` for the passes inside the block."""
+    before = {m: m.groups for m in net.modules() if isinstance(m, GroupedBatchNorm)}
+    for m, old in before.items():
+        m.groups = old._replace(**groups)
     try:
         yield
     finally:
-        _frozen = before
+        for m, old in before.items():
+            m.groups = old
 
 
-def group_batch_norm(module: nn.Module, *, joint: bool = False, sync: bool = False) -> nn.Module:
-    """Make every plain BatchNorm in `module` a `GroupedBatchNorm`; state and names stay. Returns `module`.
+def groups_of(net: nn.Module) -> Groups:
+    """`Groups` of the BatchNorms in `net`, which all have the same; the default without any."""
+    return next((m.groups for m in net.modules() if isinstance(m, GroupedBatchNorm)), Groups())
 
-    joint: statistics of all views together. sync: over all processes.
-    """
+
+def need_batch_norm_groups(module: nn.Module, flag: str) -> None:
+    """Raise UserError if a BatchNorm in `module` has more to it than groups can be made of."""
     for m in module.modules():
-        if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            m.__class__ = GroupedBatchNorm
-        if isinstance(m, GroupedBatchNorm):
-            m.joint, m.sync = joint, sync
-    return module
-
-
-def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:
-    """Let every BatchNorm in `module` normalise each of `splits` parts of the batch by itself. Returns `module`.
-
-    It stands in for as many GPUs without synchronised BatchNorm: MoCo's shuffled keys need them (MoCo section 3.3).
-    """
-    need_plain_batch_norm(module, "--bn-splits")
-    for m in group_batch_norm(module).modules():
-        if isinstance(m, GroupedBatchNorm):
-            m.splits = splits
-    return module
-
-
-def need_plain_batch_norm(module: nn.Module, flag: str) -> None:
-    """Raise UserError if a BatchNorm in `module` does more than that (some of timm's activate, too): its groups cannot
-    be told apart."""
-    for m in module.modules():
-        if isinstance(m, _BatchNorm) and type(m) not in (nn.BatchNorm1d, nn.BatchNorm2d, GroupedBatchNorm):
+        if isinstance(m, _BatchNorm) and not isinstance(m, GroupedBatchNorm) and _grouped(type(m)) is None:
             raise UserError(
                 f"{flag} changes BatchNorm layers, but the network's {type(m).__name__} does more: leave it out"
             )
 
 
-def has_batch_norm(net: nn.Module) -> bool:
-    """Whether there are running statistics to recompute."""
-    return bool(running_norms(net))
+def ungroup_batch_norm(module: Module) -> Module:
+    """Make every grouped BatchNorm in `module` the plain one that it was (2-D), and return `module`."""
+    for m in module.modules():
+        if isinstance(m, GroupedBatchNorm):
+            m.__class__ = next(kind for kind in type(m).__mro__ if not issubclass(kind, GroupedBatchNorm))
+    return module
 
 
 def running_norms(net: nn.Module) -> list[_BatchNorm]:
+    """BatchNorms with running statistics."""
     return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def _grouped(kind: type[nn.Module]) -> type[GroupedBatchNorm] | None:
+    """The class that does in groups what `kind` does; None if there is none."""
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
+        return GroupedBatchNorm
+    if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
+        from fastssl.networks.batch_norm_act import GroupedBatchNormAct
+
+        return GroupedBatchNormAct
+    return None

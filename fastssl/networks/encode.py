@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import processes
-from fastssl.networks.batch_norm import GroupedBatchNorm
+from fastssl.networks.batch_norm import GroupedBatchNorm, batch_norm_groups
 
 
 def in_groups(
@@ -27,22 +27,17 @@ def in_groups(
     """
     pieces = [x] if isinstance(x, Tensor) else list(x)
     call = net if call is None else call
-    norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    norms = (m for m in net.modules() if isinstance(m, _BatchNorm))
     if views > 1 and net.training and not all(isinstance(m, GroupedBatchNorm) for m in norms):
         return torch.cat([call(rows) for rows in joined(pieces).chunk(views)])
 
     def forward(x: Tensor) -> Tensor:
-        for m in norms:
-            m.views, m.parts = views, parts
-        try:
+        with batch_norm_groups(net, views=views, parts=parts):
             return call(x)
-        finally:
-            for m in norms:
-                m.views = m.parts = 1
 
     micro = getattr(net, "micro_batches", None)
     if micro is not None and net.training and sum(map(len, pieces)) > views * parts * micro.images:
-        return micro(forward, pieces, views * parts)
+        return micro(net, forward, pieces, views * parts)
     return forward(joined(pieces))
 
 
@@ -84,7 +79,7 @@ def encode_shuffled(net: nn.Module, x: Tensor) -> Tensor:
     """net(x) computed with the images of all processes dealt out anew, rows back in their places, without gradient.
 
     BatchNorm then cannot tell a key by the company it is in (MoCo section 3.3). In one process only the order within
-    the batch changes, which matters with `split_batch_norm`.
+    the batch changes, which matters with `splits` in its BatchNorm groups.
     """
     with torch.no_grad():
         everything = processes.gather(x)

@@ -8,36 +8,35 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.conditions import above, given
-from loaders.checks import at_least
+from loaders.checks import Options, at_least
 
 OutputNorm = Literal["none", "fixed", "affine"]  # BatchNorm on a head's output: none, without or with scale and shift
-PredictorBias = Literal["none", "last", "all"]
+Bias = Literal["none", "hidden", "last", "all"]  # which Linear layers of a head have one
 
 
 def mlp(
     widths: Sequence[int],
     *,
-    bias: bool = False,
-    last_bias: bool | None = None,
+    bias: Bias = "none",
     norm: bool = True,
-    output_norm: str = "none",
+    output_norm: OutputNorm = "none",
     activation: type[nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
     """Linear, BatchNorm (`norm`), activation for all layers but the last: Linear and BatchNorm (`output_norm`).
 
-    `widths` are channels, input first. `last_bias` None: as `bias`.
+    `widths` are channels, input first. `bias`: of the Linear layers, of the hidden ones or the last one only.
     """
     layers: list[nn.Module] = []
     for i, (wide, narrow) in enumerate(itertools.pairwise(widths)):
         last = i == len(widths) - 2
-        layers.append(nn.Linear(wide, narrow, bias=bias if last_bias is None or not last else last_bias))
+        layers.append(nn.Linear(wide, narrow, bias=bias in ("all", "last" if last else "hidden")))
         if last:
             layers += [] if output_norm == "none" else [nn.BatchNorm1d(narrow, affine=output_norm == "affine")]
         else:
@@ -47,7 +46,7 @@ def mlp(
 
 
 @dataclass(kw_only=True)
-class Heads:
+class Heads(Options):
     """Projector g and predictor h. The defaults are SimSiam's (section 3 and its code)."""
 
     dim: int = 2048
@@ -56,15 +55,15 @@ class Heads:
     """Linear layers of the projector."""
     projector_hidden: int | None = None
     """Hidden layers of the projector, channels. None: as wide as the backbone's features."""
-    projector_bias: bool = False
-    """Biases in the projector's Linear layers (a BatchNorm after them takes them away again)."""
+    projector_bias: Bias = "none"
+    """Which Linear layers of the projector have biases (a BatchNorm after one takes it away again)."""
     projector_norm: OutputNorm = "fixed"
     """BatchNorm on the projector's output: none, fixed (no scale and shift), affine."""
     predictor: bool = True
     """Use a predictor; without one p = z."""
     predictor_hidden: int = 512
     """Hidden layer of the predictor, channels."""
-    predictor_bias: PredictorBias = "last"
+    predictor_bias: Bias = "last"
     """Which Linear layers of the predictor have biases."""
     predictor_norm: OutputNorm = "none"
     """BatchNorm on the predictor's output: none, fixed (no scale and shift), affine."""
@@ -77,16 +76,20 @@ class Heads:
         ("predictor_hidden", "predictor_bias", "predictor_norm", "fix_pred_lr"), given("predictor")
     )
 
-    def validate_heads(self) -> None:
+    def validate(self) -> None:
         """Raise UserError for widths that make no network."""
+        super().validate()
         at_least(self, 1, "dim", "projector_layers", "projector_hidden", "predictor_hidden")
 
 
-def init_like_vit(module: nn.Module) -> None:
-    """Linear weights from a truncated normal of std 0.02, biases 0 (DINO's heads, and all of SSLight's)."""
+def init_linear(module: nn.Module, std: float, *, truncated: bool = False) -> None:
+    """Start weights of Linear layers from a normal distribution, cut off at -2 and 2 if `truncated`, and biases at 0.
+
+    DINO's heads and SSLight's of DINO and MoCo: truncated, std 0.02. SSLight's SwAV: std 0.01.
+    """
     for m in module.modules():
         if isinstance(m, nn.Linear):
-            nn.init.trunc_normal_(m.weight, std=0.02)
+            (nn.init.trunc_normal_ if truncated else nn.init.normal_)(m.weight, std=std)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
 
@@ -99,8 +102,7 @@ def make_heads(width: int, heads: Heads) -> tuple[nn.Module, nn.Module]:
     if heads.predictor:
         predictor = mlp(
             [heads.dim, heads.predictor_hidden, heads.dim],
-            bias=heads.predictor_bias == "all",
-            last_bias=heads.predictor_bias != "none",
+            bias=heads.predictor_bias,
             output_norm=heads.predictor_norm,
         )
     if heads.norm_init == "uniform":
@@ -110,34 +112,26 @@ def make_heads(width: int, heads: Heads) -> tuple[nn.Module, nn.Module]:
     return projector, predictor
 
 
-def head_groups(method: nn.Module) -> list[dict]:
-    """`param_groups()` of a method with `backbone`, `projector`, `predictor` and `Heads` options in `config`."""
-    predictor = list(method.predictor.parameters())
-    inside = {id(p) for p in predictor}
+def head_groups(method: nn.Module, predictor: nn.Module, fix_pred_lr: bool) -> list[dict[str, Any]]:
+    """`param_groups()` of a method whose predictor may keep its initial learning rate."""
+    apart = list(predictor.parameters())
+    inside = {id(p) for p in apart}
     rest = [p for p in method.parameters() if id(p) not in inside and p.requires_grad]
-    return [
-        {"params": rest, "fixed_lr": False},
-        {"params": predictor, "fixed_lr": method.config.fix_pred_lr},
-    ]
-
-
-# ------------------------------------------------------------------ BatchNorm groups
-
-
-# ------------------------------------------------------------------ prototypes, memory
+    return [{"params": rest, "fixed_lr": False}, {"params": apart, "fixed_lr": fix_pred_lr}]
 
 
 class WeightNormLinear(nn.Module):
     """Inner products with unit rows times a length g per row, which is 1 unless `trainable` (DINO's last layer).
 
-    [..., D] -> [..., P]. g has one axis, so that it counts among the parameters without weight decay.
+    [..., D] -> [..., P]. g [P] has one axis and counts among the parameters without weight decay, unless it `decays`:
+    then it is [P, 1], as in DINO's code.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, trainable: bool):
+    def __init__(self, in_features: int, out_features: int, *, trainable: bool, decays: bool = False):
         super().__init__()
         self.weight = nn.Linear(in_features, out_features, bias=False).weight  # its lengths set how fast rows turn
-        self.length = nn.Parameter(torch.ones(out_features)) if trainable else None
+        self.length = nn.Parameter(torch.ones((out_features, 1) if decays else out_features)) if trainable else None
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, F.normalize(self.weight, dim=1))
-        return out if self.length is None else out * self.length
+        return out if self.length is None else out * self.length.flatten()

@@ -10,25 +10,42 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastssl.networks.batch_norm import GroupedBatchNorm, frozen_running_stats, need_plain_batch_norm
+from fastssl.networks.batch_norm import batch_norm_groups, group_batch_norm, need_batch_norm_groups
 from fastssl.networks.encode import joined
 from loaders import Batch
 
 
+class _Pass(NamedTuple):
+    """A pass that was made without a graph, to be made again."""
+
+    net: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    groups_BCHW: list[Tensor]
+    features: Tensor
+    random: list[Tensor]
+    """State of the random numbers before each micro-batch."""
+
+
 class MicroBatches:
-    """Does a network's passes in parts of `images` images. `networks.encode.in_groups` hands them over."""
+    """Passes of networks in parts of `images` images. `networks.encode.in_groups` hands them over."""
 
     def __init__(self, images: int):
         self.images = images
-        self._calls: list[tuple[Callable[[Tensor], Tensor], list[Tensor], Tensor, list[Tensor]]] = []
+        self._passes: list[_Pass] = []
 
-    def __call__(self, forward: Callable[[Tensor], Tensor], pieces: Sequence[Tensor], groups: int) -> Tensor:
-        """forward(x) of rows [groups, B] in `pieces`, without graph; where gradients are on, `backward` makes up for
-        it. The pieces, which are a batch's views, are not copied as a whole."""
+    def __call__(
+        self, net: nn.Module, forward: Callable[[Tensor], Tensor], pieces: Sequence[Tensor], groups: int
+    ) -> Tensor:
+        """Compute forward(x), a pass through `net`, of the rows [groups, B] in `pieces`, without a graph.
+
+        Where gradients are on, `backward` makes the pass again. The pieces, which are a batch's views, are not copied
+        as a whole.
+        """
         groups_BCHW = [g for x in pieces for g in x.chunk(groups // len(pieces))]
         out, random = [], []
         with torch.no_grad():
@@ -37,18 +54,18 @@ class MicroBatches:
                 out.append(forward(rows).unflatten(0, (groups, -1)))
         h = torch.cat(out, 1).flatten(0, 1)
         if torch.is_grad_enabled():
-            self._calls.append((forward, groups_BCHW, h.requires_grad_(), random))
+            self._passes.append(_Pass(net, forward, groups_BCHW, h.requires_grad_(), random))
         return h
 
     def backward(self, context: Callable[[], contextlib.AbstractContextManager]) -> None:
         """Add the gradients of the weights, from those at the features. `context`: what forward passes run in."""
-        calls, self._calls = self._calls, []
-        for forward, groups, h, random in calls:
+        passes, self._passes = self._passes, []
+        for net, forward, groups, h, random in passes:
             if h.grad is None:
                 continue
             grads = self._parts(h.grad.chunk(len(groups)))
             for rows, grad, state in zip(self._parts(groups), grads, random, strict=True):
-                with _same_random(state, rows.device), frozen_running_stats(), context():
+                with _same_random(state, rows.device), batch_norm_groups(net, running="leave"), context():
                     again = forward(rows)
                 again.backward(grad)
 
@@ -63,10 +80,8 @@ def use_micro_batches(method: nn.Module, networks: Iterable[nn.Module], images: 
 
     Raises UserError for a network whose BatchNorm cannot be told to.
     """
-    need_plain_batch_norm(method, "--micro-batch")
-    for m in method.modules():
-        if isinstance(m, GroupedBatchNorm):
-            m.images = images
+    need_batch_norm_groups(method, "--micro-batch")
+    group_batch_norm(method, images=images)
     micro = MicroBatches(images)
     for net in networks:
         net.micro_batches = micro

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from fastssl.progress import Progress
-from loaders.checks import share
+from loaders.checks import Options, share
 
 Schedule = Literal["constant", "cosine"]
 
 
 @dataclass(kw_only=True)
-class Momentum:
+class Momentum(Options):
     """Options of the momentum target."""
 
     ema: float = 0.99
@@ -28,8 +28,9 @@ class Momentum:
     target_init: Literal["copy", "independent"] = "copy"
     """Where the target begins: copy of the network (all papers), or a draw of its own (Fast-MoCo's code)."""
 
-    def validate_momentum(self) -> None:
+    def validate(self) -> None:
         """Raise UserError for values that make no sense."""
+        super().validate()
         share(self, "ema")
 
     def ema_at(self, progress: Progress) -> float:

@@ -11,10 +11,9 @@ run does besides (start, checkpoints, kNN monitor) is timed once and counted.
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from fastssl.training.bottleneck import HOST_STAGES, BottleneckReport, StageTime
 from fastssl.training.build import Setup, join
 from fastssl.training.monitor import Monitor
 from fastssl.training.stopwatch import StepClock
-from loaders import Batch, Loader
+from loaders import Batch
 
 PART_SECONDS, LOOP_SECONDS = 2.0, 8.0  # of measuring: each part alone, the loop
 _BLOCKS = 5  # parts of a measurement, between which the spread is seen
@@ -54,12 +53,6 @@ def timed(do: Callable[[], object], wait: Callable[[], None], seconds: float) ->
         wait()
         took.append((time.perf_counter() - start) / each)
     return Range(sum(took) / len(took), min(took), max(took))
-
-
-def endless(loader: Loader) -> Generator[Batch, None, None]:
-    """The batches of one epoch after another, without end."""
-    for epoch in itertools.count():
-        yield from loader.epoch(epoch, ahead=True)
 
 
 class Neighbours:
@@ -96,7 +89,7 @@ class RunBench:
         self.setup = Setup(self.config, *join(self.config))
         self.loader = self.setup.loader
         self.progress = self.setup.progress(0)
-        self.batches = endless(self.loader)
+        self.batches = self.loader.endless()
         self.batch = next(self.batches)  # valid until the next one is asked for
         self.memory = self._first_step()
         self.setup.wait()
@@ -122,7 +115,7 @@ class RunBench:
 
     def loader_alone(self) -> tuple[Range, dict[str, float]]:
         """Seconds per batch, and milliseconds per image of the loader's stages."""
-        for _ in self.loader.slots:  # batches that were prepared beforehand
+        for _ in range(self.loader.num_slots):  # batches that were prepared beforehand
             next(self.batches)
         times = StageTimes(self.loader, StepClock(self.setup.device))
         seconds = timed(lambda: next(self.batches), self.setup.wait, PART_SECONDS)
@@ -134,7 +127,7 @@ class RunBench:
 
         ahead: the loader is so slow that batches prepared beforehand matter.
         """
-        for _ in range(len(self.loader.slots) + 1 if ahead else 1):
+        for _ in range(self.loader.num_slots + 1 if ahead else 1):
             self.step(next(self.batches))
         self.setup.wait()
         clock, steps = StepClock(self.setup.device), 0

@@ -27,7 +27,7 @@ from fastssl.config import schema as configs
 from fastssl.config.schema import RunConfig
 from fastssl.device import pick_precision
 from fastssl.networks.backbones import backbone
-from fastssl.networks.batch_norm import GroupedBatchNorm
+from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.progress import Progress
 from fastssl.training.build import make_method, make_views
 from fastssl.training.step import Step
@@ -152,9 +152,8 @@ def step_cost(config: RunConfig) -> StepCost:
         warnings.simplefilter("ignore")  # the real step gives its own warnings
         method.to_empty(device=cpu)
         step = Step(config, method, cpu, pick_precision("bf16", cpu))
-        for m in step.method.modules():
-            if isinstance(m, GroupedBatchNorm):
-                m.joint, m.splits, m.images = True, 1, None  # once fused, groups move as many bytes as one group
+        # Once fused, groups move as many bytes as one group.
+        group_batch_norm(step.method, joint=True, splits=1, images=None)
         views = [torch.empty(num, size, size, 3).permute(0, 3, 1, 2).bfloat16() for size in spec.sizes]
         tiles = [divide(view, spec.divide) for view in views] if spec.divide > 1 else None
         batch = Batch(views, tiles, torch.arange(num), torch.zeros(num, dtype=torch.int64))

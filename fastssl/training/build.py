@@ -14,7 +14,7 @@ from fastssl.device import pick_device, pick_precision
 from fastssl.methods.base import Method
 from fastssl.networks.activation_checkpointing import checkpoint_activations
 from fastssl.networks.backbones import backbone, check_size
-from fastssl.networks.batch_norm import group_batch_norm, has_batch_norm, need_plain_batch_norm
+from fastssl.networks.batch_norm import group_batch_norm, need_batch_norm_groups, running_norms
 from fastssl.processes import World
 from fastssl.progress import Progress
 from fastssl.training.step import Step
@@ -150,14 +150,14 @@ def make_method(config: RunConfig) -> Method:
     for size in sizes - {config.data.size}:
         check_size(model.backbone, net, size, "this method's small views or tiles")
     config.method_options.check_network(net, config.data.size)
-    if config.run.recalibrate_bn and not has_batch_norm(net):
+    if config.run.recalibrate_bn and not running_norms(net):
         raise UserError(f"--recalibrate-bn: {model.backbone} has no BatchNorm, leave it out")
     if model.activation_checkpointing:
         checkpoint_activations(net, model.backbone)
     method: Method = methods.load(config.model.method).Method(net, width, config.method_options)
     joint = model.bn_statistics == "joint"
     if joint or model.sync_bn:
-        need_plain_batch_norm(method, "--sync-bn" if model.sync_bn else "--bn-statistics joint")
+        need_batch_norm_groups(method, "--sync-bn" if model.sync_bn else "--bn-statistics joint")
     group_batch_norm(method, joint=joint, sync=model.sync_bn)
     return method
 

@@ -81,16 +81,15 @@ def measured_step(
     optimiser = _bytes(_tensors(step.optimizer.state))
     # The first step makes the optimiser's state at its end, later steps have it all the time.
     peak = torch.cuda.max_memory_allocated(step.device) + optimiser - before if on_gpu else None
-    slots = loader.slots if loader else []
-    batches = 1 if loader is None or loader.late else len(slots)
+    held = loader.memory() if loader else None
     return result, StepMemory(
         weights=_bytes([*method.parameters(), *method.buffers()]) - apart,
         momentum=apart,
         gradients=_bytes(p for p in method.parameters() if p.requires_grad),
         optimiser=optimiser,
         activations=activations.peak,
-        views=_bytes(views) * max(1, batches),
-        loader=_bytes(crop for slot in slots for crop in slot.crops) + _decoded(loader),
+        views=_bytes(views) * (held.batches if held else 1),
+        loader=held.crops + held.decoded if held else 0,
         peak=peak,
     )
 
@@ -146,12 +145,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _tensors(state: dict) -> Iterable[Tensor]:
     """The tensors in an optimiser's state."""
     return (value for values in state.values() for value in values.values() if isinstance(value, Tensor))
-
-
-def _decoded(loader: Loader | None) -> int:
-    """Bytes of the images that the loader has decoded beforehand."""
-    pixels = getattr(loader.backend, "pixels_P3", None) if loader else None
-    return 0 if pixels is None else _bytes([pixels])
 
 
 def peak_memory(device: torch.device) -> int:

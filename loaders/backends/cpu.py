@@ -10,21 +10,20 @@ from __future__ import annotations
 import math
 import mmap
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
 
 from loaders import jpeg
-from loaders.beton import MODE_RAW, Reader, Sample
+from loaders.backends import base
+from loaders.beton import MODE_RAW, Sample
 from loaders.job import Job
-from loaders.machine import default_workers
-from loaders.stats import Stats
-from loaders.views import ViewSpec
+from loaders.machine import thread_pool
 
 # Straight to the operators: the public wrappers allocate a result and cost 60 % more time per crop than `out=`.
-_RESIZE = {
+RESIZE: dict[str, Callable[..., torch.Tensor]] = {
     "bilinear": torch._C._nn._upsample_bilinear2d_aa,
     "bicubic": torch._C._nn._upsample_bicubic2d_aa,
 }
@@ -34,7 +33,7 @@ _PAGE = mmap.PAGESIZE
 
 
 def decode(sample: Sample) -> np.ndarray:
-    """uint8 RGB pixels [height, width, 3] of one sample; raw pixels are not copied.
+    """Pixels of one sample, uint8 RGB [height, width, 3]; raw pixels are not copied.
 
     Raises ValueError (with the decoder's reason) for bytes that do not decode or do not have the recorded size.
     """
@@ -49,7 +48,7 @@ def decode(sample: Sample) -> np.ndarray:
     return image_HW3
 
 
-class Futures:
+class Futures(base.Pending):
     """A batch under way in the thread pool."""
 
     def __init__(self, futures: Sequence[Future]):
@@ -68,45 +67,26 @@ class Futures:
             raise
 
 
-class Backend:
-    """See the package's docstring for the protocol."""
+class Backend(base.Backend):
+    """Worker threads that decode, crop and, where that is wanted, augment: it needs nothing but a CPU."""
 
     name = "cpu"
     augments = True  # while the crop is in the core's cache
-    device = torch.device("cpu")
 
-    @classmethod
-    def missing(cls, device: torch.device) -> str | None:
-        """It needs nothing but a CPU."""
-        del device
-        return None
-
-    def __init__(
-        self,
-        reader: Reader,
-        spec: ViewSpec,
-        *,
-        batch_size: int,
-        device: torch.device,
-        workers: int | None = None,
-        stats: Stats,
-    ):
-        self.reader, self.spec, self.stats = reader, spec, stats
-        self.workers = workers or default_workers(device)
+    def setup(self) -> None:
+        self.device = torch.device("cpu")
         # Small enough that the last chunk does not keep the other threads waiting, large enough that handing
         # out work stays far below the work.
-        self.chunk = max(1, min(8, batch_size // (4 * self.workers)))
-        # The calling thread's own setting is fixed first: a worker's changes the default for threads to come.
-        torch.set_num_threads(torch.get_num_threads())
-        self.pool = ThreadPoolExecutor(self.workers, "decode", initializer=torch.set_num_threads, initargs=(1,))
+        self.chunk = max(1, min(8, self.batch_size // (4 * self.workers)))
+        self.pool = thread_pool(self.workers, "decode")
 
-    def start(self, job: Job) -> Futures:
+    def start(self, job: Job) -> base.Pending:
         rows = range(len(job.index_B))
         chunks = [rows[i : i + self.chunk] for i in range(0, len(rows), self.chunk)]
         return Futures([self.pool.submit(self._work, job, chunk) for chunk in chunks])
 
     def _work(self, job: Job, rows: range) -> None:
-        """Bytes to crops (to views) for some rows of a batch; runs in a worker thread."""
+        """Make the crops (and views) of some rows of a batch, in a worker thread."""
         seconds = dict.fromkeys(("read", "decode", "crop", "augment"), 0.0)
         for row in rows:
             while True:
@@ -120,13 +100,17 @@ class Backend:
         seconds["augment"] = time.thread_time() - start
         self.stats.add(images=len(rows), **seconds)
 
+    def sample(self, index: int) -> Sample:
+        """The stored image; backends that keep the images in another form override it."""
+        return self.reader[index]
+
     def decode(self, sample: Sample) -> np.ndarray:
-        """As the function; backends with another decoder override it."""
+        """The pixels of a sample; backends with another decoder override it."""
         return decode(sample)
 
     def _crop_row(self, job: Job, row: int, seconds: dict[str, float]) -> None:
         start = time.perf_counter()  # reading waits for a disk rather than for a core
-        sample = self.reader[int(job.index_B[row])]
+        sample = self.sample(int(job.index_B[row]))
         sample.jpeg[::_PAGE].max()  # one byte of each page reads the whole: the decoder takes it from the file's map
         seconds["read"] += time.perf_counter() - start
 
@@ -140,7 +124,7 @@ class Backend:
             top, left, height, width = draws.box_B4[row].tolist()
             region = torch.from_numpy(image_13HW[:, :, top : top + height, left : left + width])
             size = (view.size, view.size)
-            _RESIZE[view.interpolation](region, size, False, out=crops[row : row + 1])
+            RESIZE[view.interpolation](region, size, False, out=crops[row : row + 1])
         seconds["decode"] += decoded - start
         seconds["crop"] += time.thread_time() - decoded
 

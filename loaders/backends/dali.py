@@ -5,7 +5,8 @@ on a CPU, but DALI's `resize(roi_start=, roi_end=)` blends in pixels from outsid
 
 The pipeline takes any number of batches at once and makes them in order, in threads of its own: `start` feeds it, and
 `wait` takes what it has made. Output memory is counted by reference (the dynamic executor, asked for by name below): a
-batch is handed to torch as it is and stays so until let go of. An error stays with its batch; those after it are whole.
+batch is given to torch without a copy, and stays until nobody holds it. An error stays with its batch; those after it
+are whole.
 
 On the host this is for tests: it decodes with libjpeg-turbo, bit for bit, but decoding and 4 crops of 224 px take 3.4
 times the CPU backend's time, most of it in the resize. `use_fast_idct` gains nothing and is 1.1/255 off.
@@ -22,14 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from loaders.backends import base
 from loaders.backends.cpu import decode
-from loaders.beton import MODE_RAW, Reader, Sample
-from loaders.dataset import Readers
+from loaders.beton import MODE_RAW, Sample
 from loaders.errors import UserError
 from loaders.job import Job
-from loaders.machine import default_workers
-from loaders.stats import Stats
-from loaders.views import ViewSpec
 
 _PACKAGES = "pip install nvidia-dali-cuda130 (nvidia-dali-cuda120 for drivers before 580)"
 _OLDEST = (2, 2)  # `decoders.image` has `adjust_orientation`, which 1.42 had not
@@ -50,37 +48,37 @@ def encoded(sample: Sample, *, as_pixels: bool = False) -> np.ndarray:
     return np.concatenate((np.frombuffer(header, np.uint8), pixels))
 
 
-class Scheduled:
+class Scheduled(base.Pending):
     """A batch in DALI's queue."""
 
     def __init__(self, backend: Backend, job: Job):
         self.backend, self.job = backend, job
         self.blobs: list[np.ndarray] = []  # what DALI reads, without a copy
         self.as_pixels = False
-        self.outputs: Sequence[Any] | None = None  # K TensorLists of crops and one of image sizes
+        self.outputs: Sequence[Any] = ()  # K TensorLists of crops and one of image sizes
         self.error: RuntimeError | None = None
         self.finished = False
 
     def done(self) -> bool:
-        """Whether it was waited for. DALI cannot be asked whether it would answer at once."""
+        """Say if it was waited for: DALI cannot be asked if it would answer at once."""
         return self.finished
 
     def wait(self) -> None:
         """Block until the crops are there; on a GPU, until the current stream may use them, which waits for no kernel.
 
-        They are safe on that stream, and may be let go of once the work on them has run.
+        They are safe on that stream, and may be dropped once the work on them has run.
         """
         start = time.perf_counter()
         while not self.finished:
-            while self.outputs is None and self.error is None:
+            while not self.outputs and self.error is None:
                 self.backend.collect()
             if len(suspects := self._suspects()):
                 self._mend(suspects)
                 continue
             self.job.crops = [torch.from_dlpack(o.as_tensor()).permute(0, 3, 1, 2) for o in self.outputs[:-1]]
-            self.outputs, self.finished = None, True
+            self.outputs, self.finished = (), True
             # What DALI's threads spend is not to be had; while it is waited for, they are what limits.
-            waited = (time.perf_counter() - start) * self.backend.threads
+            waited = (time.perf_counter() - start) * self.backend.workers
             self.backend.stats.add(images=len(self.job.index_B), decode=waited)
 
     def _suspects(self) -> Sequence[int]:
@@ -90,7 +88,7 @@ class Scheduled:
             return range(len(index_B))
         size_B2 = np.array(self.outputs[-1].as_tensor())[:, :2]
         expected_B2 = np.stack((reader.height[index_B], reader.width[index_B]), axis=1)
-        return np.flatnonzero((size_B2 != expected_B2).any(axis=1))
+        return np.flatnonzero((size_B2 != expected_B2).any(axis=1)).tolist()
 
     def _mend(self, rows: Sequence[int]) -> None:
         """Put other samples in the place of broken ones and have the batch made again.
@@ -98,7 +96,7 @@ class Scheduled:
         What DALI refuses is broken if the CPU backend's decoder refuses it, too, with that one's reason. If it finds
         nothing wrong, DALI is given the pixels that it decodes.
         """
-        if self.as_pixels:
+        if self.as_pixels and self.error is not None:
             raise self.error
         job, replaced = self.job, False
         for row in rows:
@@ -113,15 +111,15 @@ class Scheduled:
         self.backend.schedule(self)
 
 
-class Backend:
-    """See the package's docstring for the protocol. `start` and `wait` are called by one thread."""
+class Backend(base.Backend):
+    """A DALI pipeline that decodes, cuts and resizes."""
 
     name = "dali"
     owns_crops = True
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
-        """It needs DALI and, for a GPU, one that torch can use as well."""
+        """The reason why DALI, or the GPU that it is wanted for, cannot be used."""
         try:
             import nvidia.dali.fn
         except ImportError as error:
@@ -133,34 +131,22 @@ class Backend:
             return "PyTorch finds no CUDA device: use --device cpu"
         return None
 
-    def __init__(
-        self,
-        reader: Reader | Readers,
-        spec: ViewSpec,
-        *,
-        batch_size: int,
-        device: torch.device,
-        workers: int | None = None,
-        stats: Stats,
-    ):
-        self.reader, self.spec, self.stats = reader, spec, stats
-        if device.type == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self.device = device
+    def setup(self) -> None:
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.scheduled: deque[Scheduled] = deque()
-        self.threads = workers or default_workers(device)
         try:
-            self.pipeline = self._build(batch_size)
+            self.pipeline = self._build(self.batch_size)
         except RuntimeError as error:  # an old driver, no room on the device, a library that is not there
             reason = " ".join(str(error).split())
-            raise UserError(f"DALI does not start on {device}, use --backend cpu: {reason}") from error
+            raise UserError(f"DALI does not start on {self.device}, use --backend cpu: {reason}") from error
 
     def _build(self, batch_size: int) -> Any:
         from nvidia.dali import Pipeline, fn, types
 
         on_gpu = self.device.type == "cuda"
-        kinds = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-        options = {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": False}
+        kinds = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": types.DALIInterpType.INTERP_CUBIC}
+        options: dict[str, Any] = {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": False}
         if on_gpu:
             options |= {
                 # As libjpeg-turbo and Pillow do it. The default repeats pixels of subsampled colour.
@@ -174,18 +160,19 @@ class Backend:
             }
         pipeline = Pipeline(
             batch_size=batch_size,
-            num_threads=self.threads,
+            num_threads=self.workers,
             device_id=self.device.index if on_gpu else None,
             prefetch_queue_depth=1,  # batches that the first call starts; how many run at once is up to the caller
             exec_dynamic=True,
         )
         with pipeline:
-            jpeg = fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1, no_copy=True)
+            jpeg = fn.external_source(name="jpeg", dtype=types.DALIDataType.UINT8, ndim=1, no_copy=True)
             image = fn.decoders.image(jpeg, **options)
             crops = []
             for k, view in enumerate(self.spec.views):
                 corner, extent = (
-                    fn.external_source(name=f"{name}{k}", dtype=types.INT32, ndim=1) for name in ("corner", "extent")
+                    fn.external_source(name=f"{name}{k}", dtype=types.DALIDataType.INT32, ndim=1)
+                    for name in ("corner", "extent")
                 )
                 region = fn.slice(image, start=corner, shape=extent, axes=(0, 1))
                 size = (view.size, view.size)
@@ -194,16 +181,16 @@ class Backend:
         pipeline.build()
         return pipeline
 
-    def start(self, job: Job) -> Scheduled:
+    def start(self, job: Job) -> base.Pending:
         work = Scheduled(self, job)
         self.schedule(work)
         return work
 
     def schedule(self, work: Scheduled) -> None:
-        """Feed a batch and let it be made behind those that are under way."""
+        """Feed a batch to DALI, to be made after those that are under way."""
         start = time.perf_counter()
         job = work.job
-        work.outputs = work.error = None
+        work.outputs, work.error = (), None
         work.blobs = [encoded(self.reader[i], as_pixels=work.as_pixels) for i in job.index_B.tolist()]
         self.pipeline.feed_input("jpeg", work.blobs)
         for k, draws in enumerate(job.draws):
@@ -234,4 +221,4 @@ class Backend:
             from nvidia.dali import backend
 
             with contextlib.suppress(RuntimeError):
-                backend.ReleaseUnusedMemory()
+                backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # its stubs lack it

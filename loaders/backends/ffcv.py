@@ -1,6 +1,6 @@
 """FFCV's JPEG decoder in the threads of the CPU backend: the very pixels that FFCV's own Loader decodes from this file.
 
-What is taken from FFCV 1.0.2 is libffcv's `imdecode` (TurboJPEG with its fast DCT), called as it is: ctypes lets go of
+What is taken from FFCV 1.0.2 is libffcv's `imdecode` (TurboJPEG with its fast DCT), called directly: ctypes lets go of
 the interpreter lock, so nothing has to be compiled first, and what it returns, which FFCV itself drops, is looked at.
 Crops are those of the CPU backend. FFCV's resizer (OpenCV's INTER_AREA) cannot stand in: against Pillow it is up to
 4/255 off where ImageNet crops shrink to 224 px and 7/255 where they are enlarged, next to nearest neighbours.
@@ -13,20 +13,17 @@ takes 3.6 s and 0.6 GB to open a file of ImageNet's size. Importing ffcv (numba,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 from loaders.backends import cpu
-from loaders.beton import MODE_JPEG, Reader, Sample
+from loaders.beton import MODE_JPEG, Sample
 from loaders.convert.images import jpeg_head
-from loaders.dataset import Readers
-from loaders.views import ViewSpec
 
 
 def _imdecode() -> Callable[..., int]:
-    """libffcv's decoder. Raises whatever importing ffcv raises."""
+    """Import libffcv's decoder. Raises whatever importing ffcv raises."""
     threads = torch.get_num_threads()
     try:
         from ffcv.libffcv import imdecode
@@ -36,13 +33,13 @@ def _imdecode() -> Callable[..., int]:
 
 
 class Backend(cpu.Backend):
-    """See the package's docstring for the protocol."""
+    """The CPU backend with FFCV's decoder."""
 
     name = "ffcv"
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
-        """It needs ffcv, and ffcv the system's OpenCV and TurboJPEG."""
+        """The reason why ffcv, or the system's OpenCV and TurboJPEG that it needs, cannot be used."""
         del device
         try:
             _imdecode()
@@ -54,12 +51,12 @@ class Backend(cpu.Backend):
             )
         return None
 
-    def __init__(self, reader: Reader | Readers, spec: ViewSpec, **options: Any):
+    def setup(self) -> None:
         self.imdecode = _imdecode()
-        super().__init__(reader, spec, **options)
+        super().setup()
 
     def decode(self, sample: Sample) -> np.ndarray:
-        """As `cpu.decode`, errors included, with FFCV's pixels."""
+        """The pixels as FFCV decodes them; raises ValueError where `cpu.decode` does."""
         data, height, width = sample.jpeg, sample.height, sample.width
         head = jpeg_head(data.tobytes()) if sample.mode == MODE_JPEG else None
         # FFCV would scale a picture of another size than the record's, without a word.

@@ -20,42 +20,32 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from loaders.backends import cpu
-from loaders.beton import MODE_RAW, Reader, Sample
-from loaders.dataset import Readers
+from loaders.backends import base, cpu
+from loaders.beton import MODE_RAW, Sample
+from loaders.dataset import Dataset
 from loaders.errors import UserError
 from loaders.job import Job
 from loaders.machine import bytes_free
-from loaders.stats import Stats
-from loaders.views import ViewSpec
 
 SHARE = 0.25  # of the free memory may be taken
 _CHUNK = 256  # images per round of filling: what a progress bar and a staging buffer need
 _ROUND = 32  # gathered boxes have sides that are multiples of this: few distinct shapes, little waste
 
 
-def bytes_needed(reader: Reader | Readers) -> int:
-    """Size of all images as uint8 RGB."""
+def bytes_needed(reader: Dataset) -> int:
+    """Bytes of all images as uint8 RGB."""
     return int((reader.height.astype(np.int64) * reader.width).sum()) * 3
 
 
 class Backend(cpu.Backend):
-    """See the package's docstring for the protocol; on the host, the CPU backend without its decoder."""
+    """The CPU backend without its decoder; on a GPU, products of matrices."""
 
     name = "resident"
     in_memory = True
 
-    def __init__(
-        self,
-        reader: Reader | Readers,
-        spec: ViewSpec,
-        *,
-        batch_size: int,
-        device: torch.device,
-        workers: int | None = None,
-        stats: Stats,
-    ):
-        super().__init__(reader, spec, batch_size=batch_size, device=device, workers=workers, stats=stats)
+    def setup(self) -> None:
+        device, reader = self.device, self.reader
+        super().setup()
         self.device = device
         need, free = bytes_needed(reader), bytes_free(device)
         if free and need > 0.9 * free:
@@ -68,9 +58,7 @@ class Backend(cpu.Backend):
         self.bad: dict[int, str] = {}
         self.pixels_P3 = torch.empty(int(self.start_N[-1]), 3, dtype=torch.uint8, device=device)
         self._fill()
-        if device.type == "cpu":
-            self.reader = _Decoded(reader, self.pixels_P3.numpy(), self.start_N, self.bad)
-        else:
+        if device.type == "cuda":
             self.start_on_device = torch.from_numpy(self.start_N).to(device)
             self.width_on_device = torch.from_numpy(reader.width.astype(np.int64)).to(device)
 
@@ -99,7 +87,17 @@ class Backend(cpu.Backend):
         start, end = int(self.start_N[index]) - begin, int(self.start_N[index + 1]) - begin
         target_P3[start:end].numpy()[:] = image_HW3.reshape(-1, 3)
 
-    def start(self, job: Job) -> cpu.Futures | Launched:
+    def decoded_bytes(self) -> int:
+        return self.pixels_P3.numel()
+
+    def sample(self, index: int) -> Sample:
+        """The decoded image as raw pixels. Raises ValueError, with the decoder's reason, for a broken one."""
+        if index in self.bad:
+            raise ValueError(self.bad[index])
+        pixels = self.pixels_P3[int(self.start_N[index]) : int(self.start_N[index + 1])].numpy().reshape(-1)
+        return Sample(pixels, int(self.reader.height[index]), int(self.reader.width[index]), 0, MODE_RAW)
+
+    def start(self, job: Job) -> base.Pending:
         if self.device.type == "cpu":
             return super().start(job)
         for row in range(len(job.index_B)):
@@ -109,34 +107,11 @@ class Backend(cpu.Backend):
         index_B, *sides = torch.from_numpy(packed).pin_memory().to(self.device, non_blocking=True)
         start_B, width_B = self.start_on_device[index_B], self.width_on_device[index_B]
         for k, (view, draws, crops) in enumerate(zip(self.spec.views, job.draws, job.crops, strict=True)):
-            room = tuple(-(-int(side) // _ROUND) * _ROUND for side in draws.box_B4[:, 2:].max(0))
+            height, width = (-(-int(side) // _ROUND) * _ROUND for side in draws.box_B4[:, 2:].max(0))
             box = sides[4 * k : 4 * k + 4]
-            resampled_crops(self.pixels_P3, start_B, width_B, box, room, view.interpolation, out=crops)
+            resampled_crops(self.pixels_P3, start_B, width_B, box, (height, width), view.interpolation, out=crops)
         self.stats.add(images=len(job.index_B))
-        return Launched()
-
-
-class _Decoded:
-    """The reader's samples as raw pixels: what the CPU backend needs to know of them."""
-
-    def __init__(self, reader: Reader | Readers, pixels_P3: np.ndarray, start_N: np.ndarray, bad: dict[int, str]):
-        self.reader, self.pixels_P3, self.start_N, self.bad = reader, pixels_P3, start_N, bad
-
-    def __getitem__(self, index: int) -> Sample:
-        if index in self.bad:
-            raise ValueError(self.bad[index])
-        pixels = self.pixels_P3[self.start_N[index] : self.start_N[index + 1]].reshape(-1)
-        return Sample(pixels, int(self.reader.height[index]), int(self.reader.width[index]), 0, MODE_RAW)
-
-
-class Launched:
-    """Work that the device does in stream order: for the host it is done."""
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
+        return base.Pending()
 
 
 def resampled_crops(

@@ -1,4 +1,4 @@
-"""Where files lie: a folder, a tar, a compressed tar, a zip. Listed once, then read by place, in any order.
+"""Containers of files: a folder, a tar, a compressed tar, a zip. They are listed once, then read in any order.
 
 Each container has the same two things: `list()` yields its files in a fixed order, `read(member)` returns the content
 of one. Everything is read where it lies, except for a compressed tar, in which no place can be found: it is unpacked
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
 import os
 import shutil
@@ -21,13 +20,17 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from loaders.errors import UserError
 
 __all__ = ["Container", "Folder", "Member", "Tar", "Zip", "open_container"]
 
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 
 
 class Member(NamedTuple):
@@ -39,7 +42,7 @@ class Member(NamedTuple):
 
 
 class Container:
-    """What all containers share. `read` is safe from many threads."""
+    """Base of all containers. `read` is safe from many threads."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -83,10 +86,10 @@ def open_container(path: Path, scratch: Path | None = None) -> Container:
     for magic, opener in _COMPRESSED.items():
         if start.startswith(magic):
             return Tar(path, _unpacked(path, opener, scratch))
+    if not any(start):  # zeros: a tar without members
+        raise UserError(f"{path} is an archive without files; name an image folder or an archive")
     try:
         tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError:  # zeros: a tar without members
-        raise UserError(f"{path} is an archive without files; name an image folder or an archive") from None
     except tarfile.HeaderError:
         raise UserError(
             f"{path} is no archive that can be read (tar, compressed tar, zip); name an image folder or an archive"
@@ -95,7 +98,7 @@ def open_container(path: Path, scratch: Path | None = None) -> Container:
 
 
 def _clean(path: str) -> str:
-    """./a//b and /a/b -> a/b"""
+    """Normal form of a path in an archive: ./a//b and /a/b -> a/b."""
     return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
@@ -184,8 +187,8 @@ class Tar(Container):
         self._file.close()
 
 
-def _unpacked(path: Path, opener: Callable[[Path, str], BinaryIO], scratch: Path | None) -> BinaryIO:
-    """What a compressed file holds, in a file without a name. OSError if the disk of `scratch` is full."""
+def _unpacked(path: Path, opener: Callable[..., Any], scratch: Path | None) -> BinaryIO:
+    """Content of a compressed file, in a file without a name. OSError if the disk of `scratch` is full."""
     file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - open as long as the container
     try:
         with opener(path, "rb") as content:
@@ -199,47 +202,20 @@ def _unpacked(path: Path, opener: Callable[[Path, str], BinaryIO], scratch: Path
     return file
 
 
-def _tar_members(file, prefix: str) -> Iterator[Member]:
-    """Regular files of the tar that `file` holds; offsets within `file`'s outermost stream."""
-    base = file.base if isinstance(file, _Window) else 0
+def _tar_members(file: IO[bytes], prefix: str, base: int = 0) -> Iterator[Member]:
+    """Regular files of the tar that `file` holds, which begins at `base` of the outermost file; offsets there."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (info := tar.next()) is not None:
-            tar.members.clear()  # the list of a million members would take a gigabyte
+            # The list of a million members would take a gigabyte. It is public, but typeshed does not know it.
+            tar.members.clear()  # type: ignore[attr-defined]
             path = prefix + _clean(info.name)
             if not info.isreg() or info.sparse is not None or _hidden(path):
                 continue
             if path.lower().endswith(".tar"):
-                yield from _tar_members(_Window(file, info.offset_data, info.size), path[: -len(".tar")] + "/")
+                if (inner := tar.extractfile(info)) is not None:
+                    yield from _tar_members(inner, path[: -len(".tar")] + "/", base + info.offset_data)
             else:
                 yield Member(path, base + info.offset_data, info.size)
-
-
-class _Window(io.RawIOBase):
-    """Part of a seekable file as a file of its own. `base`: where it starts in the outermost one."""
-
-    def __init__(self, file, offset: int, size: int):
-        self._file, self._offset, self._size, self._at = file, offset, size, 0
-        self.base = offset + (file.base if isinstance(file, _Window) else 0)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        room = max(0, self._size - self._at)
-        self._file.seek(self._offset + self._at)
-        content = self._file.read(room if size is None or size < 0 else min(size, room))
-        self._at += len(content)
-        return content
 
 
 class Zip(Container):
@@ -280,7 +256,7 @@ class Zip(Container):
         return content[:limit]
 
     def _inflate(self, info: zipfile.ZipInfo) -> bytes:
-        """Without zipfile's lock around one shared file, so that threads decompress side by side."""
+        """Read a member without zipfile's lock around one shared file, so that threads decompress side by side."""
         header = os.pread(self._file.fileno(), 30, info.header_offset)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise OSError("damaged in the archive: no local header")

@@ -23,24 +23,27 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import tyro
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from loaders import __version__
 from loaders.beton import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Writer, partial_path, sidecar_path
-from loaders.convert.images import BadImage, Stored, store
+from loaders.checks import at_least, need
+from loaders.convert.images import MAX_JPEG_SIDE, BadImage, Stored, store
 from loaders.convert.sources import Source, open_source
 from loaders.draw import permutation
 from loaders.errors import UserError
+from loaders.machine import usable_cores
+
+if TYPE_CHECKING:  # rich is imported where something is shown: `--help` does without
+    from rich.table import Table
 
 __all__ = ["ConvertOptions", "Summary", "convert", "main"]
 
@@ -50,6 +53,7 @@ CHUNKS_AHEAD = 2  # per thread
 # cache, take 4.9 s with 1, 3.6 with 2, 2.7 with 4; but contend for the interpreter's lock: files of 11 KB, in the page
 # cache, take 24, 28 and 34 us each.
 READERS = 4
+MAX_WORKERS = 4096
 DEFAULT_QUALITY = 90
 SHUFFLE_STREAM = 2  # of loaders.draw.permutation: 0 and 1 order the epochs of training
 
@@ -104,7 +108,7 @@ class ConvertOptions:
 
 @dataclass
 class Summary:
-    """What a conversion did. Sizes in bytes."""
+    """Result of a conversion. Sizes in bytes."""
 
     images: int = 0
     classes: list[str] = field(default_factory=list)
@@ -134,15 +138,15 @@ class Done(NamedTuple):
 
 
 def convert(config: ConvertOptions, progress: Callable[[int, int], None] | None = None) -> Summary:
-    """Do what `config` says. `progress` is called with (images done, images in all).
+    """Convert as `config` says. `progress` is called with (images done, images in all).
 
     Raises UserError for anything the user can mend; then, as after any other exception, no file is left.
     """
     started = time.monotonic()
     _check_options(config)
     _check_out(config)
-    options = {name: getattr(config, name) for name in ("subdir", "devkit", "root", "seed")}
-    with contextlib.closing(open_source(config.src, **options, scratch=config.out.parent)) as source:
+    places = {"devkit": config.devkit, "root": config.root, "scratch": config.out.parent}
+    with contextlib.closing(open_source(config.src, subdir=config.subdir, seed=config.seed, **places)) as source:
         summary = Summary(classes=source.classes, ignored=source.ignored)
         if config.strict and source.unusable:
             raise UserError("{}: {} (--strict)".format(*source.unusable[0]))
@@ -155,7 +159,12 @@ def convert(config: ConvertOptions, progress: Callable[[int, int], None] | None 
             _check_space(config.out, sum(sizes[i] for i in indices))
         page_size = config.page_size or _page_size(config, sizes, indices)
         chunks = _process(source, indices, sizes, page_size, config)
-        with Writer(config.out, len(indices), page_size=page_size) as writer, contextlib.closing(chunks):
+        with (
+            _postponed() as let_interrupt,
+            Writer(config.out, len(indices), page_size=page_size) as writer,
+            contextlib.closing(chunks),
+        ):
+            let_interrupt()  # now there is a writer to clean up
             for chunk in chunks:
                 done = [item for item in chunk if isinstance(item, Done)]
                 writer.extend((s.blob, s.height, s.width, label, s.mode) for s, label, _ in done)
@@ -178,7 +187,7 @@ def convert(config: ConvertOptions, progress: Callable[[int, int], None] | None 
 
 
 def _select(source: Source, config: ConvertOptions) -> list[int]:
-    """Which images of the source to convert, in which order."""
+    """Indices of the images to convert, in order."""
     indices = np.arange(len(source)) if config.limit is None else np.asarray(source.subset(config.limit))
     if not len(indices):
         raise UserError(f"{config.src} holds no image that has a class")
@@ -245,21 +254,24 @@ def _remove(paths: Iterable[Path]) -> None:
 
 def _process(
     source: Source, indices: list[int], sizes: Sequence[int], page_size: int, config: ConvertOptions
-) -> Iterator[list[Done | Skipped]]:
+) -> Generator[list[Done | Skipped], None, None]:
     """Read and prepare the images on threads; yields them in order, a bounded number ahead.
 
-    What was yielded is valid until the next: the memory is used again. New memory for every image would cost more
-    than copying it does (ImageNet originals: 110 us of system time per image, most of it page faults; 55 without).
+    A chunk is valid until the next is asked for, because its memory is used again. New memory for every image would
+    cost more than copying it does (ImageNet originals: 110 us of system time per image, most of it page faults; 55
+    without).
     """
     spare: list[memoryview] = []
 
     def task(chunk: list[int]) -> tuple[list[Done | Skipped], memoryview]:
         buffer = spare.pop() if spare else memoryview(bytearray(CHUNK_BYTES))
-        items, used = [], 0
+        items: list[Done | Skipped] = []
+        used = 0
         for i in chunk:
-            items.append(prepare(i, buffer[used:]))
-            if isinstance(items[-1], Done) and isinstance(items[-1].stored.blob, memoryview):
-                used += len(items[-1].stored.blob)
+            item = prepare(i, buffer[used:])
+            items.append(item)
+            if isinstance(item, Done) and isinstance(item.stored.blob, memoryview):
+                used += len(item.stored.blob)
         return items, buffer
 
     def prepare(i: int, buffer: memoryview) -> Done | Skipped:
@@ -279,7 +291,7 @@ def _process(
         return Done(stored, label, 0 if isinstance(data, Image.Image) else len(data))
 
     decodes = config.verify or config.max_side is not None
-    workers = config.workers or (len(os.sched_getaffinity(0)) if decodes else READERS)
+    workers = config.workers or (usable_cores() if decodes else READERS)
     pool = ThreadPoolExecutor(workers, "convert")
     pending: deque[Future] = deque()
     try:
@@ -296,7 +308,8 @@ def _process(
 
 
 def _chunks(indices: list[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    chunk, size = [], 0
+    chunk: list[int] = []
+    size = 0
     for i in indices:
         if chunk and (len(chunk) == CHUNK_IMAGES or size + sizes[i] > CHUNK_BYTES):
             yield chunk
@@ -317,18 +330,19 @@ def _count(summary: Summary, item: Done) -> None:
 
 
 def _check_options(config: ConvertOptions) -> None:
-    if config.quality is not None and config.max_side is None:
-        raise UserError("--quality is for images made smaller: give --max-side too (originals keep their bytes)")
-    for name, low, high in (
-        ("max_side", 1, 65500),
-        ("quality", 1, 100),
-        ("workers", 1, 4096),
-        ("limit", 1, sys.maxsize),
-        ("seed", 0, (1 << 32) - 1),
-    ):
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    at_least(config, 1, "max_side", "quality", "workers", "limit")
+    at_least(config, 0, "seed")
+    need(
+        config.max_side is None or config.max_side <= MAX_JPEG_SIDE,
+        f"--max-side {config.max_side}: at most {MAX_JPEG_SIDE}",
+    )
+    need(config.quality is None or config.quality <= 100, f"--quality {config.quality}: at most 100")
+    need(config.workers is None or config.workers <= MAX_WORKERS, f"--workers {config.workers}: at most {MAX_WORKERS}")
+    need(config.seed < 1 << 32, f"--seed {config.seed}: at most {(1 << 32) - 1}")
+    need(
+        config.quality is None or config.max_side is not None,
+        "--quality is for images made smaller: give --max-side too (originals keep their bytes)",
+    )
     _part(config)
 
 
@@ -364,7 +378,7 @@ def _check_space(out: Path, needed: int) -> None:
 
 
 def _page_size(config: ConvertOptions, sizes: Sequence[int], indices: list[int]) -> int:
-    """FFCV's 8 MiB, which suits every common data set; more if a file is larger and will stay as it is."""
+    """Bytes of a page: FFCV's 8 MiB, which suits every common data set; more if a file is larger and will be kept."""
     page_size = DEFAULT_PAGE_SIZE
     if config.max_side is None:
         largest = max(sizes[i] for i in indices)
@@ -374,7 +388,7 @@ def _page_size(config: ConvertOptions, sizes: Sequence[int], indices: list[int])
 
 
 def _sidecars(config: ConvertOptions, summary: Summary) -> dict[str, str]:
-    """What OUT.json says, and OUT.skipped.csv; an empty text where there is nothing to say."""
+    """Texts of OUT.json and OUT.skipped.csv; empty where there is nothing to say."""
     counts = [summary.counts[label] for label in range(len(summary.classes))]
     content = {
         "source": config.src,
@@ -401,17 +415,17 @@ def _sidecars(config: ConvertOptions, summary: Summary) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str | None]:
-    def version(name: str) -> str | None:
+    versions: dict[str, str | None] = {"fastssl": __version__}
+    for name in ("torch", "torchvision", "pillow", "numpy"):
         try:
-            return importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in ("fastssl", "torch", "torchvision", "pillow", "numpy")}
+            versions[name] = None
+    return versions
 
 
 @contextlib.contextmanager
-def _handling(handler: Callable) -> Iterator[None]:
+def _handling(handler: Callable[..., None]) -> Iterator[None]:
     """Let `handler` have Ctrl-C and SIGTERM for a while; Python allows that in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -425,14 +439,29 @@ def _handling(handler: Callable) -> Iterator[None]:
 
 
 def _uninterrupted() -> contextlib.AbstractContextManager[None]:
-    """For the moment in which the files get their names: whoever interrupts now comes too late."""
+    """Ignore interruptions while the files get their names: it is too late for them."""
     return _handling(lambda *_: None)
 
 
-def _terminable() -> contextlib.AbstractContextManager[None]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt, the first of them only: cleaning up is not interrupted again."""
+@contextlib.contextmanager
+def _postponed() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C and SIGTERM back until the function that this gives is called."""
+    came: list[int] = []
+    with contextlib.ExitStack() as handling:
+        handling.enter_context(_handling(lambda number, _frame: came.append(number)))
 
-    def interrupt(*_) -> None:
+        def let_interrupt() -> None:
+            handling.close()
+            if came:
+                signal.raise_signal(came[0])
+
+        yield let_interrupt
+
+
+def _terminable() -> contextlib.AbstractContextManager[None]:
+    """Turn the first Ctrl-C or SIGTERM into KeyboardInterrupt, and ignore the others: cleaning up goes on."""
+
+    def interrupt(*_: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
@@ -449,6 +478,8 @@ def _size(num_bytes: float) -> str:
 
 
 def _table(config: ConvertOptions, summary: Summary) -> Table:
+    from rich.table import Table
+
     table = Table(title=str(config.out), show_header=False, title_justify="left")
     seconds = max(summary.seconds, 1e-9)
     rows = [("images", f"{summary.images:,}"), ("classes", f"{len(summary.classes):,}" if summary.classes else "none")]
@@ -473,6 +504,9 @@ def _table(config: ConvertOptions, summary: Summary) -> Table:
 
 
 def _run(config: ConvertOptions) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),

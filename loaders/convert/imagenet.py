@@ -23,12 +23,12 @@ _NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
 
 
 def is_validation(names: list[str]) -> bool:
-    """Whether these are the images as published: no class folders, only official names."""
+    """Say if these are the images as published: no class folders, only official names."""
     return all(_NAME.fullmatch(name) for name in names)
 
 
 def validation_labels(names: list[str], source: Path, devkit: Path | None) -> tuple[list[int], list[str]]:
-    """Label of each image and the sorted WordNet ids. The kit lies beside `source` unless `devkit` says where."""
+    """Labels of the images and the sorted WordNet ids. The kit lies beside `source` unless `devkit` says where."""
     places = [devkit] if devkit else [source.parent / f"{KIT}.tar.gz", source.parent / KIT]
     kit = next((place for place in places if place.exists()), None)
     if kit is None:
@@ -42,7 +42,7 @@ def validation_labels(names: list[str], source: Path, devkit: Path | None) -> tu
     label_of = {number: classes.index(wnid) for number, wnid in wnid_of.items()}
     try:
         labels = [label_of[int(line)] for line in truth.split()]
-        return [labels[int(_NAME.fullmatch(name)[1]) - 1] for name in names], classes
+        return [labels[int(found[1]) - 1] for found in map(_NAME.fullmatch, names) if found], classes
     except (KeyError, ValueError, IndexError) as e:
         raise UserError(f"{kit} does not fit the validation images ({e!r}); take {KIT}.tar.gz as published") from None
 
@@ -56,7 +56,8 @@ def _kit_file(kit: Path, name: str) -> bytes:
         else:
             with tarfile.open(kit) as tar:
                 info = next((m for m in tar if m.isreg() and m.name.rsplit("/", 1)[-1] == name), None)
-                content = tar.extractfile(info).read() if info else None
+                member = tar.extractfile(info) if info else None
+                content = member.read() if member else None
     except (OSError, EOFError, tarfile.TarError, zlib.error) as e:
         raise UserError(f"{kit} cannot be read ({e}); take {KIT}.tar.gz as published") from None
     if content is None:
@@ -65,12 +66,12 @@ def _kit_file(kit: Path, name: str) -> bytes:
 
 
 def _wnids(meta: bytes, kit: Path) -> dict[int, str]:
-    """ILSVRC2012_ID -> WordNet id of the classes proper; the table also lists the groups above them."""
+    """WordNet id of each class by ILSVRC2012_ID; the table also lists the groups above the classes."""
     from scipy.io import loadmat
 
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
-        leaves = synsets if "num_children" not in synsets.dtype.names else synsets[synsets["num_children"] == 0]
+        leaves = synsets if "num_children" not in (synsets.dtype.names or ()) else synsets[synsets["num_children"] == 0]
         return {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
     except Exception as e:  # scipy raises whatever the damage leads to
         raise UserError(f"meta.mat of {kit} cannot be read ({e}); take {KIT}.tar.gz as published") from None

@@ -1,4 +1,4 @@
-"""One image file -> what the .beton stores: the JPEG as it is, or upright 8-bit RGB in a form every reader knows.
+"""An image file -> what the .beton stores: the unchanged JPEG, or upright 8-bit RGB in a form every reader knows.
 
 A plain JPEG (8 bit, gray or three colours, baseline or progressive, not turned by EXIF) keeps its bytes. Everything
 else is decoded by Pillow: CMYK, 16 bit, palettes, other formats. Transparency is composited on white, the first frame
@@ -8,6 +8,7 @@ of an animation is taken, ICC profiles are not applied.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import struct
 from typing import NamedTuple
@@ -25,10 +26,8 @@ EXTENSIONS = frozenset(
     + (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif")
 )
 # What Pillow may try. Not on the list: formats that start other programs (EPS) or are not pictures (PDF, fonts).
-# MPO, several JPEGs in one, opens as JPEG. Pillow loads its plug-ins on demand, but not for a list of formats.
-Image.init()
+# MPO, several JPEGs in one, opens as JPEG.
 _WANTED = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # a Pillow may be built without some
 MAX_PIXELS = 2 * (1 << 30) // 4 // 3  # 178,956,970: more is an attack or a mistake (Pillow's limit for an error)
 MAX_JPEG_SIDE = 65500  # libjpeg's limit, below the 65,535 of the record
 RAW_SIDE = 64  # lossless sources up to this many pixels a side are stored raw: CIFAR stays exact
@@ -44,7 +43,7 @@ _FRAME = struct.Struct(">BHHB")  # precision, height, width, components
 
 
 class BadImage(ValueError):
-    """This file cannot be stored; the message is the reason given in the list of skipped files."""
+    """A file that cannot be stored; the message is the reason given in the list of skipped files."""
 
 
 class Stored(NamedTuple):
@@ -58,7 +57,7 @@ class Stored(NamedTuple):
 
 
 class JpegHead(NamedTuple):
-    """What the markers before the first scan say. `sof`: the frame's marker (0xC0 baseline ... 0xCF)."""
+    """Content of the markers before the first scan. `sof`: the frame's marker (0xC0 baseline ... 0xCF)."""
 
     height: int
     width: int
@@ -69,7 +68,7 @@ class JpegHead(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Every reader decodes it to upright RGB: 8 bit, gray or three colours, Huffman-coded, not turned."""
+        """True if every reader decodes it to upright RGB: 8 bit, gray or three colours, Huffman-coded, not turned."""
         return (
             self.precision == 8
             and self.components in (1, 3)
@@ -123,7 +122,7 @@ def _orientation(tiff: bytes) -> int:
 
 
 def is_image(head: bytes) -> bool:
-    """Whether a file that begins with these (at least 16) bytes is in one of the formats of `store`."""
+    """Say if a file that begins with these (at least 16) bytes is in one of the formats of `store`."""
     return (
         head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
@@ -159,7 +158,7 @@ def store(
 
 
 def _keep(data: bytes | memoryview, head: JpegHead, verify: bool) -> bool:
-    """Whether a plain JPEG may be stored as it is; raises BadImage if it is not whole.
+    """Say if a plain JPEG may be stored unchanged; raises BadImage if it is not whole.
 
     Without `verify` its end tells whether it is; what does not end as a JPEG does (bytes behind the end, or cut off) is
     decoded.
@@ -173,14 +172,21 @@ def _keep(data: bytes | memoryview, head: JpegHead, verify: bool) -> bool:
         return False
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Names of the wanted formats that this Pillow was built with."""
+    Image.init()  # it loads its plug-ins on demand, but not for a list of formats
+    return tuple(name for name in _WANTED if name in Image.OPEN)
+
+
 def _load(data: bytes | memoryview, max_side: int | None = None) -> tuple[Image.Image, bool]:
     """Decode all of the first frame, strictly. A JPEG longer than `max_side` comes out at that side, and True."""
     reduced = None
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_formats())
         if max_side is not None and max(image.size) > max_side:
             size = _fitted(image.size, max_side)
-            reduced = image.draft(None, tuple(DRAFT * side for side in size))  # None for other formats
+            reduced = image.draft(None, (DRAFT * size[0], DRAFT * size[1]))  # None for other formats
         image.load()
     except UnidentifiedImageError:
         raise BadImage("not an image in a known format, or its beginning is damaged") from None

@@ -46,7 +46,7 @@ class Plane:
 
 
 def cell(x: np.ndarray) -> np.ndarray:
-    """Where x lies in its unit cell, from -0.5 to 0.5 with 0 in the middle."""
+    """Place of x in its unit cell, from -0.5 to 0.5 with 0 in the middle."""
     return x - np.floor(x) - 0.5
 
 
@@ -60,7 +60,7 @@ def box(p: Plane, half_u: float, half_v: float) -> np.ndarray:
 
 
 def polygon(p: Plane, n: int, waist: float) -> np.ndarray:
-    """n tips at radius 1, the corners between them at radius waist (cos(pi / n) makes a plain n-gon)."""
+    """Star with n tips at radius 1 and the corners between them at radius waist (cos(pi / n): a plain n-gon)."""
     from_tip = np.abs(cell(p.a * n / (2 * math.pi) + 0.5)) * 2 * math.pi / n
     u, v = waist * math.cos(math.pi / n) - 1, waist * math.sin(math.pi / n)  # the edge from tip to corner
     return (v * (p.r * np.cos(from_tip) - 1) - u * p.r * np.sin(from_tip)) / math.hypot(u, v)
@@ -134,7 +134,7 @@ SURFACES: dict[str, Callable[[Plane], np.ndarray]] = {
 
 
 class Kind(NamedTuple):
-    """What all pictures of a class share."""
+    """Properties that all pictures of a class share."""
 
     radius: float  # of a thing, over the shorter side of the picture; up to SPREAD times larger or smaller
     periods: float  # of the texture in one radius, with the same SPREAD
@@ -173,7 +173,7 @@ class Dice:
         return int(self.between(low, high + 1))
 
     def colour(self) -> np.ndarray:
-        """[3] in 0..1: any hue, mostly muted, any lightness."""
+        """A colour [3] in 0..1: any hue, mostly muted, any lightness."""
         hue = np.abs((self.rng.random() * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
         pure = np.clip(hue, 0, 1) - 0.5
         return np.clip(self.between(0.1, 0.9) + self.between(0, 0.3) * pure, 0, 1).astype(np.float32)
@@ -275,7 +275,7 @@ def image(index: int, *, seed: int = 0, split: str = "train") -> tuple[Image.Ima
 
 
 def render(index: int, *, seed: int = 0, split: str = "train") -> tuple[bytes, int]:
-    """`image` as a JPEG: the file's bytes and the label. The same bytes on every call, thread and process."""
+    """Picture `index` as a JPEG: the file's bytes and the label. The same bytes on every call, thread and process."""
     picture, label = image(index, seed=seed, split=split)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=QUALITY)

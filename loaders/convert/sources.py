@@ -1,4 +1,4 @@
-"""What fastssl-convert can read: `open_source` turns the SRC argument into a `Source` of labelled images.
+"""Sources of fastssl-convert: `open_source` turns the SRC argument into a `Source` of labelled images.
 
 A source knows how many images it has, their names, labels and classes before any pixel is read; `read(i)` then returns
 the content of one image file. Labels are positions in the sorted class names, so that train and val agree.
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from loaders.braces import expand_braces
 from loaders.convert import imagenet
 from loaders.convert.archives import Container, Member, open_container
 from loaders.convert.images import EXTENSIONS, is_image
-from loaders.dataset import expand_braces
 from loaders.errors import UserError
 
 __all__ = ["FileSource", "ShapesSource", "Source", "TorchvisionSource", "open_source"]
@@ -31,7 +31,7 @@ class Source:
     """Labelled images. `classes` is empty where there are no labels (all are then 0).
 
     ignored: files that are no images. unusable: (name, reason) of images that have no place in the data set.
-    sizes: bytes of each file, zeros where not known. `read` is safe from many threads, in any order.
+    `read` is safe from many threads, in any order.
     """
 
     classes: list[str] = []
@@ -43,10 +43,11 @@ class Source:
 
     @property
     def sizes(self) -> Sequence[int]:
-        return np.zeros(len(self), np.int64)
+        """Bytes of each file, 0 where not known."""
+        return [0] * len(self)
 
     def name(self, i: int) -> str:
-        """What to call image i in the list of skipped files."""
+        """Name of image i in the list of skipped files."""
         raise NotImplementedError
 
     def read(self, i: int, buffer: memoryview | None = None) -> tuple[bytes | memoryview | Image.Image, int]:
@@ -59,7 +60,7 @@ class Source:
     def subset(self, num: int) -> Sequence[int]:
         """`num` ascending indices spread evenly: the first ones would all be of one class."""
         num = min(num, len(self))
-        return np.arange(num) * len(self) // max(1, num)
+        return (np.arange(num) * len(self) // max(1, num)).tolist()
 
     def close(self) -> None:
         pass
@@ -180,7 +181,7 @@ class FileSource(Source):
 
     def _folder_labels(self, names: list[str]) -> list[int]:
         """The first folder of each path names the class; sets `classes`. -1: an image outside of all classes."""
-        classes = sorted({_top(name) for name in names} - {None})
+        classes = sorted({top for top in map(_top, names) if top is not None})
         splits = [name for name in classes if name.lower() in SPLITS]
         if len(splits) > 1:
             raise UserError(
@@ -190,18 +191,18 @@ class FileSource(Source):
         if not classes:
             return [0] * len(names)
         self.classes = classes
-        label_of = {name: i for i, name in enumerate(classes)} | {None: -1}
+        label_of: dict[str | None, int] = {None: -1} | {name: i for i, name in enumerate(classes)}
         labels = [label_of[_top(name)] for name in names]
         beside = "lies beside the class folders, so it has no class"
         self.unusable += [(self.name(i), beside) for i, label in enumerate(labels) if label < 0]
         return labels
 
     def _tag(self, i: int) -> str | None:
-        """What the .cls beside image i says."""
+        """Content of the .cls file beside image i."""
         return self._tags.get((self._container_of[i], _key(self._members[i].path)))
 
     def _webdataset_labels(self) -> list[int]:
-        """Labels from `key.cls`: numbers as they are, anything else as names of classes. -1: none; sets `classes`."""
+        """Labels from `key.cls`: numbers are labels, anything else names of classes. -1: none; sets `classes`."""
         tags = [self._tag(i) for i in range(len(self._members))]
         self.unusable += [(self.name(i), "has no .cls beside it") for i, tag in enumerate(tags) if tag is None]
         known = {tag for tag in tags if tag is not None}
@@ -228,19 +229,19 @@ def _suffix(path: str) -> str:
 
 
 def _key(path: str) -> str:
-    """WebDataset: the files of a sample share their path up to the first dot of the name."""
+    """Key of a WebDataset sample: its files share their path up to the first dot of the name."""
     folder, _, name = path.rpartition("/")
     return f"{folder}/{name.split('.', 1)[0]}"
 
 
 def _text(container: Container, member: Member) -> str:
-    return container.read(member, 1024).decode("utf-8", "replace").strip()
+    return bytes(container.read(member, 1024)).decode("utf-8", "replace").strip()
 
 
 def _sniffed(container: Container, member: Member) -> bool:
-    """Whether a file that is not called an image is one."""
+    """Say if a file that is not called an image is one."""
     try:
-        return member.size > SNIFF and is_image(container.read(member, SNIFF))
+        return member.size > SNIFF and is_image(bytes(container.read(member, SNIFF)))
     except OSError:
         return False
 

@@ -8,7 +8,7 @@ import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -32,7 +32,7 @@ def _names() -> list[str]:
 
 
 def find(name: str, title: str) -> str:
-    """The class of that name, whatever its capitals; the nearest names in the error if there is none."""
+    """Name of torchvision's class, found whatever the capitals. Raises UserError with the nearest names."""
     by_lower = {known.lower(): known for known in _names()}
     if name.lower() in by_lower:
         return by_lower[name.lower()]
@@ -73,7 +73,7 @@ def build(name: str, split: str | None, root: Path | None, title: str) -> Any:
 
 
 def check(data: Any, title: str) -> None:
-    """UserError unless the data set is a non-empty list of (picture, class number)."""
+    """Raise UserError unless the data set is a non-empty list of (picture, class number)."""
     if len(data) == 0:
         raise UserError(f"{title} is empty; choose another split")
     sample = data[0]
@@ -104,7 +104,7 @@ def classes(data: Any) -> list[str]:
     return [name if isinstance(name, str) else str(name[0]) for name in names]
 
 
-def _is_list(value: Any, length: int) -> bool:
+def _is_list(value: Any, length: int) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, (list, tuple)) and len(value) == length > 0
 
 

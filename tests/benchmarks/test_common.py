@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import common
 from benchmarks.common import CommonOptions, Process, Report, Run, chosen, cpu_seconds, figure, interleave, ratio, shown
-from benchmarks.contestants import backend_crops, floor
+from benchmarks.contestants import floor, ours
 from loaders import UserError
 
 
@@ -66,7 +66,7 @@ def test_only_and_skip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "says"),
-    [("repeats", 0, "--repeats is 0"), ("images", 3, "less than a batch"), ("num_views", (), "--num-views"),
+    [("repeats", 0, "--repeats 0"), ("images", 3, "less than a batch"), ("num_views", (), "--num-views"),
      ("workers", (0,), "--workers"), ("device", "cuda", "no CUDA device"), ("device", "gpu", "give cpu, cuda or auto")],
 )  # fmt: skip
 def test_options_are_checked(
@@ -121,7 +121,7 @@ def test_packages_that_are_not_there() -> None:
 
 def test_a_process_goes_through_rounds(beton: Path) -> None:
     config = CommonOptions(data=beton, images=16, batch_size=8, size=32, device="cpu")
-    build = functools.partial(backend_crops, "cpu")
+    build = functools.partial(ours, "cpu", "crops")
     with Process(build, config, 2, 1, modules=("json",)) as process:
         assert 0 < process.start.first_batch_s < process.start.start_s
         run = process.run(1)

@@ -31,7 +31,7 @@ def test_a_wider_window_mixes_better_and_file_order_not_at_all() -> None:
 def test_dropping_the_cache_drops_it(beton: Path) -> None:
     beton.read_bytes()
     assert disk.cached_share(beton) > 0.99
-    disk.drop_cache(beton)
+    common.drop_cache(beton)
     assert disk.cached_share(beton) <= 1  # a file system in memory keeps it
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-import loaders.augment
-from loaders.augment import DeviceAugment, augment, augment_rows, divide, plan, to_tensors
+import loaders.augment.rows
+from loaders.augment import DeviceAugment, augment, augment_rows, divide, operations, to_tensors
 from loaders.draw import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, Draws, draw
 from loaders.views import IMAGENET_MEAN, IMAGENET_STD, View, ViewSpec, byol, evaluation, multicrop, simsiam
 
@@ -77,7 +77,7 @@ def in_batch(crops, draws, view, mean, std, dtype=torch.float32):
 
 def in_rows(crops, draws, view, mean, std, dtype=torch.float32):
     out = torch.full_like(crops, math.nan, dtype=dtype, memory_format=torch.channels_last)
-    augment_rows(crops, plan(draws, view), view, mean, std, range(len(crops)), out)
+    augment_rows(crops, operations(draws, view), view, mean, std, range(len(crops)), out)
     return out
 
 
@@ -125,19 +125,28 @@ def check(form, crops, draws, tolerance=EXACT, view=None):
 # --- op by op ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e-4, 0.2, 0.6, 1.0, 1.4, 2.0, 5.0])
-@pytest.mark.parametrize("op", [BRIGHTNESS, CONTRAST, SATURATION])
-def test_factors(form, op, factor):
-    crops = images(32)
+def one_factor(op, factor):
     factors = np.float32([1, 1, 1, 0])
     factors[op] = factor
-    check(form, crops, draws_for(len(crops), jitter_B=True, factor_B4=factors))
+    return {"jitter_B": True, "factor_B4": factors}
 
 
-@pytest.mark.parametrize("hue", [0, 0.01, -0.01, 0.1, -0.1, 1 / 6, -1 / 6, 0.2, -0.2, 0.25, 1 / 3, -0.4, 0.5, -0.5])
-def test_hue(form, hue):
+FACTORS = [0.0, 1e-4, 0.2, 0.6, 1.0, 1.4, 2.0, 5.0]
+HUES = [0, 0.01, -0.01, 0.1, -0.1, 1 / 6, -1 / 6, 0.2, -0.2, 0.25, 1 / 3, -0.4, 0.5, -0.5]
+OPERATIONS = {
+    **{f"{name}-{f}": one_factor(op, f) for op, name in enumerate(("bright", "contrast", "sat")) for f in FACTORS},
+    **{f"hue{hue:.2f}": one_factor(HUE, hue) for hue in HUES},
+    "gray": {"gray_B": True},
+    "solarize": {"solarize_B": True},
+    "flip": {"flip_B": np.arange(len(images(32))) % 2 == 0},
+    "factors without jitter": {"factor_B4": [0.5, 2, 2, 0.3]},
+}
+
+
+@pytest.mark.parametrize("changes", OPERATIONS.values(), ids=OPERATIONS)
+def test_one_operation(form, changes):
     crops = images(32)
-    check(form, crops, draws_for(len(crops), jitter_B=True, factor_B4=[1, 1, 1, hue]))
+    check(form, crops, draws_for(len(crops), **changes))
 
 
 def test_hue_on_every_corner_and_edge_of_the_colour_cube(form):
@@ -148,11 +157,6 @@ def test_hue_on_every_corner_and_edge_of_the_colour_cube(form):
     draws = draws_for(41, jitter_B=True)
     draws.factor_B4[:, HUE] = np.linspace(-0.5, 0.5, 41)
     check(form, crops, draws)
-
-
-def test_gray(form):
-    crops = images(32)
-    check(form, crops, draws_for(len(crops), gray_B=True))
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 1.0, 1.5, 2.0])
@@ -169,11 +173,6 @@ def test_blur_keeps_the_mean_of_a_flat_image(form):
     assert (out - 200 / 255).abs().max() < 1e-6
 
 
-def test_solarize(form):
-    crops = images(32)
-    check(form, crops, draws_for(len(crops), solarize_B=True))
-
-
 def test_solarize_starts_at_128(form):
     ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3).permute(0, 3, 1, 2)
     out = form(ramp, draws_for(1, solarize_B=True), dataclasses.replace(EVERYTHING, size=16), **PLAIN)
@@ -182,21 +181,11 @@ def test_solarize_starts_at_128(form):
     assert torch.equal((out[0, 0] * 255).round().long(), expected)
 
 
-def test_flip(form):
-    crops = images(33)
-    check(form, crops, draws_for(len(crops), flip_B=np.arange(len(crops)) % 2 == 0))
-
-
 def test_nothing_drawn_is_normalisation_alone(form):
     crops = images(32)
     out = form(crops, draws_for(len(crops)), EVERYTHING, IMAGENET_MEAN, IMAGENET_STD)
     expected = F.normalize(crops.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
     assert (out - expected).abs().max() < 1e-5
-
-
-def test_factors_without_jitter_are_not_applied(form):
-    crops = images(32)
-    check(form, crops, draws_for(len(crops), jitter_B=False, factor_B4=[0.5, 2, 2, 0.3]))
 
 
 # --- together ---------------------------------------------------------------------------------------------------------
@@ -293,28 +282,13 @@ def test_output_is_channels_last_in_its_dtype(form, dtype):
     assert torch.equal(out, expected.to(dtype))
 
 
-def test_rows_may_be_written_anywhere_and_crops_may_lie_anyhow():
-    crops, draws = images(20), draws_for(len(images(20)), sigma_B=1.0)
-    view = dataclasses.replace(EVERYTHING, size=20)
-    expected = in_rows(crops, draws, view, **PLAIN)
-    planar = torch.zeros(crops.shape)
-    augment_rows(crops.contiguous(), plan(draws, view), view, *PLAIN.values(), range(len(crops)), planar)
-    assert torch.equal(planar, expected)
-
-
-def test_only_the_rows_asked_for_are_written():
-    crops = images(16)
-    out = torch.full(crops.shape, 7.0).contiguous(memory_format=torch.channels_last)
-    augment_rows(
-        crops,
-        plan(draws_for(len(crops)), EVERYTHING),
-        dataclasses.replace(EVERYTHING, size=16),
-        *PLAIN.values(),
-        [1, 3],
-        out,
-    )
-    written = (out != 7).flatten(1).any(1)
-    assert written.nonzero().flatten().tolist() == [1, 3]
+def test_rows_may_be_written_anywhere_and_no_others_are_written():
+    crops, view = images(20), dataclasses.replace(EVERYTHING, size=20)
+    draws = draws_for(len(crops), sigma_B=1.0)
+    planar = torch.full(crops.shape, 7.0)
+    augment_rows(crops.contiguous(), operations(draws, view), view, *PLAIN.values(), [1, 3], planar)
+    assert (planar != 7).flatten(1).any(1).nonzero().flatten().tolist() == [1, 3]
+    assert torch.equal(planar[[1, 3]], in_rows(crops, draws, view, **PLAIN)[[1, 3]])
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
@@ -347,7 +321,7 @@ def test_rows_write_their_tiles(n, dtype):
     out = torch.full_like(crops, 7, dtype=dtype, memory_format=torch.channels_last)
     memory = torch.full((n * n * 8, 12 // n, 12 // n, 3), 7, dtype=dtype).permute(0, 3, 1, 2)
     tiles = memory[: n * n * num]
-    augment_rows(crops, plan(draws, view), view, *PLAIN.values(), [1, 2, 4], out, tiles)
+    augment_rows(crops, operations(draws, view), view, *PLAIN.values(), [1, 2, 4], out, tiles)
     assert torch.equal(out[[1, 2, 4]], in_rows(crops, draws, view, *PLAIN.values(), dtype)[[1, 2, 4]])
     assert torch.equal(tiles, divide(out, n))  # rows 0 and 3 are 7 in both
     assert (memory[n * n * num :] == 7).all()
@@ -366,30 +340,21 @@ def many():
     return crops, draws, spec.views[0]
 
 
-def test_rows_do_not_depend_on_each_other(many):
-    """Bit for bit: scratch memory is reused, and nothing of one image may reach the next."""
-    crops, draws, view = many
-    expected = in_rows(crops, draws, view, **PLAIN)
-    out = torch.full_like(expected, math.nan)
-    rows = np.random.default_rng(0).permutation(len(crops))
-    for part in np.array_split(rows, 40):
-        augment_rows(crops, plan(draws, view), view, *PLAIN.values(), part, out)
-    assert torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("alone_below", [0, 128])
-def test_threads_do_not_disturb_each_other(many, alone_below, monkeypatch):
-    """All at once, as large views are made, and in turn."""
-    monkeypatch.setattr(loaders.augment, "_ALONE_BELOW", alone_below)
+@pytest.mark.parametrize(("threads", "alone_below"), [(1, 128), (4, 0), (4, 128)])
+def test_rows_and_threads_do_not_disturb_each_other(many, threads, alone_below, monkeypatch):
+    """Bit for bit: scratch memory is reused, and nothing of one image may reach the next. Threads work all at once, as
+    for large views, or in turn."""
+    monkeypatch.setattr(loaders.augment.rows, "_ALONE_BELOW", alone_below)
     crops, draws, view = many
     expected = in_rows(crops, draws, view, **PLAIN)
     out = torch.full_like(expected, math.nan)
 
     def work(rows):
-        augment_rows(crops, plan(draws, view), view, *PLAIN.values(), rows, out)
+        augment_rows(crops, operations(draws, view), view, *PLAIN.values(), rows, out)
 
-    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(work, np.array_split(np.arange(len(crops)), 30)))
+    parts = np.array_split(np.random.default_rng(0).permutation(len(crops)), 30)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(work, parts))
     assert torch.equal(out, expected)
 
 

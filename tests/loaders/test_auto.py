@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_beton
+from conftest import overwrite, write_beton
 
 import loaders
 from loaders import auto
@@ -112,9 +112,7 @@ def test_the_rule(rates: dict, device: torch.device, fits: bool, expected: str) 
 
 
 def test_a_broken_sample_does_not_stop_the_measuring(reader: Reader) -> None:
-    with open(reader.path, "r+b") as file:
-        file.seek(int(reader.pointer[3]))
-        file.write(bytes(int(reader.size[3])))
+    overwrite(reader.path, 3)
     with pytest.warns(UserWarning, match="replaced"):
         rate = auto.measure("cpu", reader, SPEC, seconds=0.05, **OPTIONS)
     assert rate.images_per_s > 0 and rate.cpu_ms > 0

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg_bytes, photo, write_beton
+from conftest import jpeg_bytes, overwrite, photo, write_beton
 from PIL import Image
 
 import loaders
@@ -253,15 +253,6 @@ def test_batches_are_channels_last_on_the_device_and_counted(opened, beton: Path
 # --- Broken samples ---------------------------------------------------------------------------------------------------
 
 
-def overwrite(path: Path, index: int, content: bytes) -> None:
-    """Put `content` at the beginning of a stored blob."""
-    reader = Reader(path)
-    assert len(content) <= reader.size[index]
-    with open(path, "r+b") as file:
-        file.seek(int(reader.pointer[index]))
-        file.write(content)
-
-
 def damage(path: Path, index: int, kind: str) -> None:
     size = int(Reader(path).size[index])
     content = {
@@ -271,7 +262,7 @@ def damage(path: Path, index: int, kind: str) -> None:
         # a whole JPEG of another size than the record says
         "another size": jpeg_bytes(Image.new("RGB", (17, 23))),
     }[kind]
-    overwrite(path, index, content)
+    overwrite(path, index, content=content)
 
 
 DAMAGES = ["zeros", "beginning", "not a picture", "another size"]

@@ -168,19 +168,12 @@ def test_writer_refuses(tmp_path, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writer_refuses_more_than_its_capacity(tmp_path):
-    with pytest.raises(UserError, match="capacity"), beton.Writer(tmp_path / "x.beton", 1) as writer:
-        writer.add(b"a", 1, 1, 0)
-        writer.add(b"b", 1, 1, 0)
-
-
 @pytest.mark.parametrize("page_size", [PAGE - 1, PAGE // 2, 3 * PAGE, 1 << 32])
-def test_writer_refuses_page_sizes_outside_the_format(tmp_path, page_size):
+def test_writer_refuses_what_is_outside_the_format(tmp_path, page_size):
     with pytest.raises(UserError, match="power of two"):
         beton.Writer(tmp_path / "x.beton", 1, page_size=page_size)
-
-
-def test_writer_names_a_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="capacity"), beton.Writer(tmp_path / "x.beton", 1) as writer:
+        writer.extend([(b"a", 1, 1, 0, 0)] * 2)
     with pytest.raises(UserError, match="does not exist"):
         beton.Writer(tmp_path / "no" / "x.beton", 1)
 

@@ -9,20 +9,14 @@ import numpy as np
 import pytest
 from conftest import jpeg_bytes, photo
 from PIL import Image
+from test_backends import KINDS as backends_kinds
 
 import loaders
 from loaders import jpeg
 from loaders.backends import cpu
 from loaders.beton import MODE_RAW, Sample
 
-KINDS = {
-    "4:4:4": {"subsampling": 0},
-    "4:2:2": {"subsampling": 1},
-    "4:2:0": {"subsampling": 2},
-    "progressive": {"progressive": True},
-    "quality 40": {"quality": 40},
-    "RGB, not YCbCr": {"keep_rgb": True},
-}
+KINDS = backends_kinds | {"RGB, not YCbCr": {"keep_rgb": True}}
 
 
 def picture(height: int = 97, width: int = 131) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg_bytes, photo
+from conftest import jpeg_bytes, overwrite, photo
 
 import loaders
 from loaders import UserError
@@ -100,10 +100,7 @@ def test_page_numbers_of_different_files_differ(parts: list[Path]) -> None:
 
 
 def test_a_broken_sample_is_named_by_its_file(parts: list[Path]) -> None:
-    reader = Reader(parts[1])
-    with open(parts[1], "r+b") as file:
-        file.seek(int(reader.pointer[3]))
-        file.write(bytes(int(reader.size[3])))
+    overwrite(parts[1], 3)
     data = ",".join(map(str, parts))
     with (
         loaders.open(data, SPEC, batch_size=6, backend="cpu") as loader,

@@ -17,7 +17,6 @@ from loaders import UserError, backends
 from loaders.backends import cpu
 from loaders.backends.ffcv import Backend
 from loaders.beton import MODE_RAW, Reader, Sample, Writer
-from loaders.draw import draw
 from loaders.job import Job
 from loaders.stats import Stats
 from loaders.views import evaluation
@@ -44,40 +43,25 @@ def open_backend(path: Path, size: int, batch_size: int) -> Backend:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_pixels_are_those_of_ffcvs_own_loader(tmp_path: Path) -> None:
     """To the last bit, JPEG and raw: squares are cropped whole at their own size."""
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
+    from test_ffcv_interop import load_ffcv
 
     num, size, path = 12, 48, tmp_path / "squares.beton"
-    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    rng = np.random.default_rng(0)
     with Writer(path, num) as writer:
         for i in range(num):
             image = photo(rng, size, size)
             raw, subsampling = i % 4 == 3, i % 3
             blob = image.tobytes() if raw else jpeg_bytes(image, subsampling=subsampling, quality=60)
             writer.add(blob, size, size, i, mode=MODE_RAW if raw else 0)
-    pipelines = {"image": [SimpleRGBImageDecoder()], "label": None}
-    options = {"order": OrderOption.SEQUENTIAL, "drop_last": False, "num_workers": 1, "os_cache": True}
-    theirs = [np.array(images) for (images,) in Loader(str(path), num, pipelines=pipelines, **options)]
-    torch.set_num_threads(threads)
-
+    theirs, _ = load_ffcv(path)
     backend, index = open_backend(path, size, num), np.arange(num)
-    reader, spec = backend.reader, backend.spec
-    job = Job(
-        reader=reader,
-        spec=spec,
-        seed=0,
-        epoch=0,
-        index_B=index,
-        label_B=reader.label[index],
-        draws=draw(spec, seed=0, epoch=0, index_B=index, height_B=reader.height, width_B=reader.width),
-        crops=[torch.empty(num, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)],
-        stats=backend.stats,
-    )
+    crops = [torch.empty(num, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)]
+    job = Job(backend.reader, backend.spec, index, crops, backend.stats)
     backend.start(job).wait()
     backend.close()
-    np.testing.assert_array_equal(job.crops[0].permute(0, 2, 3, 1), np.concatenate(theirs))
-    jpeg = cpu.decode(reader[0])
-    assert (theirs[0][0] != jpeg).any()  # the other decoder's pixels are others
+    np.testing.assert_array_equal(job.crops[0].permute(0, 2, 3, 1), theirs)
+    jpeg = cpu.decode(backend.reader[0])
+    assert (theirs[0] != jpeg).any()  # the other decoder's pixels are others
 
 
 def outcome(decode: Callable, blob: bytes, height: int, width: int) -> np.ndarray | str:

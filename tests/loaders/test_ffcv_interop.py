@@ -86,27 +86,19 @@ def jpeg(pixels, **options):
     return out.getvalue()
 
 
-def load_ffcv(path, batch_size, num, os_cache):
+def load_ffcv(path, os_cache=True):
     """All images and labels as FFCV's own Loader returns them, in file order."""
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
-    loader = Loader(
-        str(path),
-        batch_size=batch_size,
-        num_workers=1,
-        order=OrderOption.SEQUENTIAL,
-        os_cache=os_cache,
-        drop_last=False,
-        pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
-    )
-    images, labels = [], []
-    for image, label in loader:
-        images += list(np.array(image))
-        labels += np.array(label)[:, 0].tolist()
-    assert len(images) == num
-    return images, labels
+    threads = torch.get_num_threads()
+    pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
+    options = {"order": OrderOption.SEQUENTIAL, "drop_last": False, "num_workers": 1, "os_cache": os_cache}
+    loader = Loader(str(path), 8, pipelines=pipelines, **options)
+    batches = [(np.array(images), np.array(labels)[:, 0]) for images, labels in loader]
+    torch.set_num_threads(threads)
+    return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches]).tolist()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +193,7 @@ def test_ffcv_reads_what_we_wrote(tmp_path, mode, spare, os_cache):
     with beton.Writer(path, NUM + spare, page_size=2 << 20) as writer:
         for i, blob in enumerate(blobs):
             writer.add(blob, *shape[:2], 5 * i, mode)
-    images, labels = load_ffcv(path, batch_size=8, num=NUM, os_cache=os_cache)
+    images, labels = load_ffcv(path, os_cache)
     assert labels == [5 * i for i in range(NUM)]
     for image, sample in zip(images, beton.Reader(path), strict=True):
         difference = np.abs(image.astype(int) - decode(sample))

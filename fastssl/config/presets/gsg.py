@@ -27,7 +27,7 @@ _BYOL = {
     "dim": 2048,
     "projector_layers": 3,
     "projector_hidden": None,
-    "projector_bias": False,
+    "projector_bias": "none",
     "projector_norm": "fixed",
     "predictor_hidden": 512,
     "predictor_bias": "last",

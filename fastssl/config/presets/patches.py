@@ -13,7 +13,7 @@ _FASTMOCO_HEADS = {
     "dim": 2048,
     "projector_layers": 3,
     "projector_hidden": 2048,
-    "projector_bias": True,
+    "projector_bias": "all",
     "projector_norm": "affine",
     "predictor_hidden": 512,
     "predictor_bias": "all",

@@ -264,11 +264,11 @@ def test_small_views_come_after_the_large_ones() -> None:
 )
 def test_bad_values_name_their_flag(options: dict, flag: str) -> None:
     with pytest.raises(UserError, match=flag):
-        MultiCrop(**options).validate_crops()
-    MultiCrop(num_local=3, alpha=1.0).validate_crops()
-    MultiCrop(alpha=0.0).validate_crops()
+        MultiCrop(**options).validate()
+    MultiCrop(num_local=3, alpha=1.0).validate()
+    MultiCrop(alpha=0.0).validate()
 
 
 def test_nan_is_no_weight() -> None:
     with pytest.raises(UserError, match="--alpha"):
-        MultiCrop(alpha=math.nan).validate_crops()
+        MultiCrop(alpha=math.nan).validate()

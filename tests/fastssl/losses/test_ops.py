@@ -31,7 +31,7 @@ from fastssl.losses.ops import (
     sinkhorn,
     subsets,
 )
-from fastssl.networks.batch_norm import split_batch_norm
+from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.networks.heads import WeightNormLinear
 
 quick = settings(deadline=None, max_examples=30)
@@ -434,7 +434,7 @@ def test_gradients_of_weight_normed_layer(trainable: bool) -> None:
 @pytest.mark.parametrize("dims", [1, 2])
 def test_gradients_of_split_batch_norm(dims: int) -> None:
     make = {1: torch.nn.BatchNorm1d, 2: torch.nn.BatchNorm2d}[dims]
-    norm = split_batch_norm(torch.nn.Sequential(make(3)), 2).double()
+    norm = group_batch_norm(torch.nn.Sequential(make(3)), splits=2).double()
     shape = (6, 3) if dims == 1 else (6, 3, 2, 2)
     buffers = {n: b.clone() for n, b in norm.named_buffers()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 import loaders
 from fastssl.losses import patches
-from fastssl.losses.ops import combine, divide, others, own
-from fastssl.losses.patches import Patches, online_features, patch_views, predictions
+from fastssl.losses.ops import Owner, combine, divide, others, own
+from fastssl.losses.pairs import PairConfig
+from fastssl.losses.patches import Patches, patch_views
 from fastssl.methods import byol, fastmoco, fastsiam, simsiam
 from fastssl.networks.batch_norm import group_batch_norm
 from loaders import Batch, UserError
@@ -59,12 +61,22 @@ class Mean(nn.Module):
         return x.mean((2, 3))
 
 
-def predict(batch: Batch, options: Patches, f: nn.Module | None = None) -> patches.Predictions:
+class Predictions(NamedTuple):
+    p_MBD: Tensor
+    z_TBD: Tensor | None
+    owner_M: list[Owner]
+
+
+def predict(batch: Batch, options: Patches, f: nn.Module | None = None) -> Predictions:
     return run(f or Mean(), nn.Identity(), nn.Identity(), batch, options)
 
 
-def run(f: nn.Module, g: nn.Module, h: nn.Module, batch: Batch, options: Patches) -> patches.Predictions:
-    return predictions(g, h, online_features(f, batch, options), options)
+def run(f: nn.Module, g: nn.Module, h: nn.Module, batch: Batch, options: Patches) -> Predictions:
+    steps = PairConfig(**dataclasses.asdict(options)).steps()
+    z = steps.project(g, steps.encode(f, batch))
+    p_MBD, owner_M = steps.predict(h, z), steps.owners(z)
+    assert len(owner_M) == len(p_MBD)
+    return Predictions(p_MBD, z if isinstance(z, Tensor) else None, owner_M)
 
 
 # ------------------------------------------------------------------ every variant
@@ -75,7 +87,7 @@ def test_what_is_drawn_seen_and_predicted(variant: str) -> None:
     """The numbers of predictions are those of the paper's table: 12, 4, 4, 4, 28, 28."""
     drawn, seen, M = VARIANTS[variant]
     options = Patches(patches=variant)
-    options.validate_patches()
+    options.validate()
     spec = patch_views(SPEC, options)
     assert spec.sizes == (224, 224, *drawn)
     assert spec.views[:2] == SPEC.views
@@ -158,7 +170,7 @@ def test_owners_are_right(variant: str) -> None:
 )
 def test_numbers_of_other_tilings(variant: str, n: int, m: int, num: int | None, M: int) -> None:
     options = Patches(patches=variant, divide=n, combine=m, pairs=num)
-    options.validate_patches()
+    options.validate()
     spec = patch_views(RECIPES["imagenet"](2, 96), options)
     assert len(predict(batch_for(spec), options, TinyResNet()).p_MBD) == M
 
@@ -368,7 +380,7 @@ def test_the_same_view_as_target() -> None:
 )
 def test_options_that_do_not_fit_name_their_flags(options: dict, flags: str) -> None:
     with pytest.raises(UserError, match=flags):
-        Patches(**options).validate_patches()
+        Patches(**options).validate()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from fastssl.evaluate.features import centre_crops, extract, spread
 from fastssl.evaluate.recalibrate import recalibrated
 from fastssl.export import load_weights
 from fastssl.networks.backbones import backbone, check_size, feature_map
-from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm, split_batch_norm
+from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm
+from fastssl.networks.vit import resized_positions
 from fastssl.train import main
 from fastssl.training import log as logs
 from loaders import UserError
@@ -58,6 +60,25 @@ def test_vits_are_dinos(name: str, width: int, heads: int, patch: int, millions:
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(net.eval()(x), net.forward_features(x)[:, 0])  # the class token, behind the last norm
+
+
+def test_vits_resize_positions_and_start_as_dinos_do() -> None:
+    """Every position read by the cubic kernel where DINO's code reads it, and a class token that is not nearly zero."""
+    net, _ = backbone("vit-t16", size=224)
+    positions = resized_positions(net.pos_embed, (14, 14), (6, 6))[0, 1:].unflatten(0, (6, 6))
+    grid, factor = net.pos_embed[0, 1:].unflatten(0, (14, 14)).double(), 6.1 / 14
+
+    def weight(t: float) -> float:  # Keys' cubic, a = -0.75
+        t = abs(t)
+        return 1.25 * t**3 - 2.25 * t**2 + 1 if t <= 1 else -0.75 * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+
+    at = [(i + 0.5) / factor - 0.5 for i in range(6)]
+    near = [[(min(max(k, 0), 13), weight(x - k)) for k in range(math.floor(x) - 1, math.floor(x) + 3)] for x in at]
+    for i, j in ((0, 0), (2, 5), (4, 1)):
+        expected = sum(a * b * grid[m, n] for m, a in near[i] for n, b in near[j])
+        torch.testing.assert_close(positions[i, j].double(), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(resized_positions(net.pos_embed, (14, 14), (14, 14)), net.pos_embed)
+    assert 0.015 < net.cls_token.std() < 0.025
 
 
 def test_a_vit_takes_views_of_several_sizes() -> None:
@@ -172,14 +193,14 @@ def test_the_run_checks_every_size_that_the_network_sees() -> None:
     from fastssl.training.build import make_method
     from loaders.views import with_local
 
-    views = simsiam.views
+    views = simsiam.Config.views
     config = configs.with_method(configs.typed_config("fastsiam")(), "simsiam")
     config = configs.replace(config, backbone="vit-t16", size=64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simsiam, "views", lambda *a: with_local(views(*a), 2, 40, (0.05, 0.3)))
+        patch.setattr(simsiam.Config, "views", lambda *a: with_local(views(*a), 2, 40, (0.05, 0.3)))
         with pytest.raises(UserError, match=r"40 px.*small views.*such as 32 or 48"):
             make_method(config)
-        patch.setattr(simsiam, "views", lambda *a: with_local(views(*a), 2, 48, (0.05, 0.3)))
+        patch.setattr(simsiam.Config, "views", lambda *a: with_local(views(*a), 2, 48, (0.05, 0.3)))
         assert make_method(config).backbone.pos_embed.shape[1] == 1 + 4 * 4
 
 
@@ -366,5 +387,5 @@ def test_split_batch_norm_is_recalibrated_as_a_plain_one(beton: Path) -> None:
     net, _ = backbone("resnet18", size=32)
     options = {"size": 32, "device": torch.device("cpu"), "images": 45}
     plain = recalibrated(net, Reader(beton), **options).state_dict()
-    split = recalibrated(split_batch_norm(net, 4), Reader(beton), **options).state_dict()
+    split = recalibrated(group_batch_norm(net, splits=4), Reader(beton), **options).state_dict()
     assert all(torch.equal(plain[name], split[name]) for name in plain)

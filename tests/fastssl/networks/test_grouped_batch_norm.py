@@ -8,10 +8,17 @@ import itertools
 import pytest
 import torch
 from small import TinyResNet
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from fastssl.networks.backbones import backbone
-from fastssl.networks.batch_norm import GroupedBatchNorm, frozen_running_stats, group_batch_norm
+from fastssl.networks.batch_norm import (
+    GroupedBatchNorm,
+    batch_norm_groups,
+    group_batch_norm,
+    need_batch_norm_groups,
+    ungroup_batch_norm,
+)
 from fastssl.networks.encode import encode, encode_together, in_groups
 from loaders import UserError
 
@@ -65,8 +72,7 @@ def test_groups_are_separate_passes(
         return out.flatten(0, 2)
 
     def grouped(norm: nn.Module, x: Tensor) -> Tensor:
-        group_batch_norm(norm)
-        norm.images, norm.splits = images, splits
+        group_batch_norm(norm, images=images, splits=splits)
         torch.compiler.reset()  # each case as in a process of its own: recompilations are limited
         call = torch.compile(norm, backend="aot_eager", fullgraph=True) if compiled else None
         return in_groups(norm, x, V, P, call)
@@ -127,7 +133,7 @@ def test_frozen_statistics_stay() -> None:
     before = copy.deepcopy(norm.state_dict())
     x = torch.randn(6, C, 2, 2, dtype=torch.float64)
     for views in (1, 2):
-        with frozen_running_stats():
+        with batch_norm_groups(norm, running="leave"):
             frozen = in_groups(norm, x, views)
         torch.testing.assert_close(dict(norm.state_dict()), dict(before), rtol=0, atol=0)
         torch.testing.assert_close(frozen, in_groups(copy.deepcopy(norm), x, views), rtol=0, atol=0)
@@ -159,3 +165,26 @@ def test_a_batch_norm_that_does_more_goes_view_by_view() -> None:
         from fastssl.networks.micro_batch import use_micro_batches
 
         use_micro_batches(nn.Sequential(AndMore(C)), [], 2)
+
+
+def test_timms_batch_norm_with_activation_is_grouped() -> None:
+    """Each view as by itself, with the activation; ungrouped it is what it was."""
+    torch.manual_seed(0)
+    plain = BatchNormAct2d(C).double()
+    x = torch.randn(6, C, 4, 4, dtype=torch.float64)
+    alone = copy.deepcopy(plain)
+    expected = torch.cat([alone(view) for view in x.chunk(3)])
+    grouped = group_batch_norm(copy.deepcopy(plain))
+    torch.testing.assert_close(in_groups(grouped, x, 3), expected)
+    torch.testing.assert_close(dict(grouped.state_dict()), dict(alone.state_dict()))
+    torch.testing.assert_close(grouped.eval()(x), alone.eval()(x))
+    assert isinstance(grouped, BatchNormAct2d) and type(ungroup_batch_norm(grouped)) is BatchNormAct2d
+
+
+@pytest.mark.parametrize("name", ["timm/test_efficientnet", "timm/mobilenetv3_small_050", "timm/regnetx_002"])
+def test_networks_with_it_have_groups(name: str) -> None:
+    net = backbone(name, size=32)[0].double()
+    need_batch_norm_groups(net, "--sync-bn")
+    views = [torch.randn(2, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
+    own = torch.stack([copy.deepcopy(net)(view) for view in views])
+    torch.testing.assert_close(encode(group_batch_norm(net), views), own, rtol=1e-9, atol=1e-9)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fastssl import methods
 from fastssl.methods import mocov2
-from fastssl.networks.batch_norm import group_batch_norm, split_batch_norm
+from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm, groups_of, need_batch_norm_groups
 from fastssl.networks.encode import each_view, encode, encode_shuffled, encode_together
-from fastssl.networks.heads import Heads, WeightNormLinear, head_groups, init_like_vit, make_heads, mlp
+from fastssl.networks.heads import Heads, WeightNormLinear, init_linear, make_heads, mlp
 from fastssl.networks.queue import Queue
 from loaders import Batch, UserError
 
@@ -48,14 +48,14 @@ PUBLISHED = [
     ("simsiam", {}, SIMSIAM_G, SIMSIAM_H),
     ("simsiam", {"projector_layers": 2, "projector_hidden": 2048}, "{d}-2048 BN2048 R 2048-2048 bn2048", SIMSIAM_H),
     ("fastsiam", {}, SIMSIAM_G, SIMSIAM_H),
-    ("byol", {}, "{d}-4096+b BN4096 R 4096-256+b", "256-4096+b BN4096 R 4096-256+b"),
+    ("byol", {}, "{d}-4096+b BN4096 R 4096-256", "256-4096+b BN4096 R 4096-256"),
     (  # in the official code of guided stop-gradient
         "byol",
         {
             "dim": 2048,
             "projector_layers": 3,
             "projector_hidden": None,
-            "projector_bias": False,
+            "projector_bias": "none",
             "projector_norm": "fixed",
             "predictor_hidden": 512,
             "predictor_bias": "last",
@@ -117,13 +117,13 @@ def test_no_predictor_is_the_identity() -> None:
     assert isinstance(predictor, nn.Identity)
 
 
-@pytest.mark.parametrize("bias", ["none", "last", "all"])
+@pytest.mark.parametrize("bias", ["none", "hidden", "last", "all"])
 def test_options_of_heads(bias: str) -> None:
     g, h = make_heads(8, Heads(dim=4, projector_layers=1, predictor_hidden=2, predictor_bias=bias))
     assert described(g) == ["8-4", "bn4"]
-    first, last = {"none": ("", ""), "last": ("", "+b"), "all": ("+b", "+b")}[bias]
+    first, last = {"none": ("", ""), "hidden": ("+b", ""), "last": ("", "+b"), "all": ("+b", "+b")}[bias]
     assert described(h) == ["4-2" + first, "BN2", "ReLU", "2-4" + last]
-    assert described(mlp([8, 4, 2], bias=True, last_bias=False, output_norm="affine")) == [
+    assert described(mlp([8, 4, 2], bias="hidden", output_norm="affine")) == [
         "8-4+b", "BN4", "ReLU", "4-2", "BN2",
     ]  # fmt: skip
 
@@ -131,8 +131,8 @@ def test_options_of_heads(bias: str) -> None:
 @pytest.mark.parametrize("name", ["dim", "projector_layers", "projector_hidden", "predictor_hidden"])
 def test_widths_of_nothing_name_their_flag(name: str) -> None:
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0"):
-        Heads(**{name: 0}).validate_heads()
-    Heads(**{name: 1}).validate_heads()
+        Heads(**{name: 0}).validate()
+    Heads(**{name: 1}).validate()
 
 
 # ------------------------------------------------------------------ initialisation
@@ -160,8 +160,8 @@ def test_scales_of_batch_norm_start_at_one_or_as_fast_mocos() -> None:
 
 
 def test_vits_initialisation() -> None:
-    head = mlp([64, 256, 256], bias=True)
-    init_like_vit(head)
+    head = mlp([64, 256, 256], bias="all")
+    init_linear(head, 0.02, truncated=True)
     for m in head:
         if isinstance(m, nn.Linear):
             assert abs(m.weight.std() - 0.02) < 0.001
@@ -169,17 +169,23 @@ def test_vits_initialisation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "vit"),
-    [("dino", {}, True), ("mocov2", {}, False), ("mocov2", {"projector_init": "vit"}, True), ("swav", {}, False)],
+    ("name", "options", "std"),
+    [
+        ("dino", {}, 0.02),
+        ("mocov2", {}, None),
+        ("mocov2", {"projector_init": "vit"}, 0.02),
+        ("swav", {}, None),
+        ("swav", {"projector_init": "normal"}, 0.01),
+    ],
 )
-def test_which_heads_start_like_a_vit(name: str, options: dict, vit: bool) -> None:
+def test_how_heads_start(name: str, options: dict, std: float | None) -> None:
     small = {"dim": 16, "projector_hidden": 256}
     small |= {"prototypes": 32} if name != "mocov2" else {"queue_size": 8}
     made = method(name, 64, **small, **options)
     first = next(m for m in made.projector if isinstance(m, nn.Linear))
-    std = 0.02 if vit else 1 / math.sqrt(3 * 64)  # torch: uniform up to 1 / sqrt(64)
-    assert abs(first.weight.std() / std - 1) < 0.05
-    assert bool((first.bias == 0).all()) == vit
+    torchs = 1 / math.sqrt(3 * 64)  # uniform up to 1 / sqrt(64)
+    assert abs(first.weight.std() / (std or torchs) - 1) < 0.05
+    assert bool((first.bias == 0).all()) == (std is not None)
 
 
 @pytest.mark.parametrize("trainable", [True, False])
@@ -193,6 +199,10 @@ def test_dinos_last_layer_has_unit_rows(trainable: bool) -> None:
     torch.testing.assert_close(layer(x), x @ rows.T)
     shapes = {n: tuple(p.shape) for n, p in layer.named_parameters()}
     assert shapes == {"weight": (32, 16)} | ({"length": (32,)} if trainable else {})
+    decaying = WeightNormLinear(16, 32, trainable=trainable, decays=True)  # among the matrices, as in DINO's code
+    decaying.load_state_dict({n: t.view(decaying.state_dict()[n].shape) for n, t in layer.state_dict().items()})
+    torch.testing.assert_close(decaying(x), layer(x))
+    assert all(p.ndim == 2 for p in decaying.parameters())
     if trainable:
         with torch.no_grad():
             layer.length.copy_(torch.arange(32.0))
@@ -225,7 +235,7 @@ def test_groups_of_parameters() -> None:
         assert {id(p) for p in predictor["params"]} == {id(p) for p in made.predictor.parameters()}
         assert {id(p) for p in rest["params"]} == {id(made.backbone.weight), *map(id, made.projector.parameters())}
     alone = method("simsiam", 8, dim=4, predictor=False)
-    assert head_groups(alone)[1]["params"] == []
+    assert alone.param_groups()[1]["params"] == []
 
 
 # ------------------------------------------------------------------ BatchNorm groups
@@ -286,7 +296,7 @@ def test_split_batch_norm_is_one_per_part(splits: int, dims: int, affine: bool) 
     parts = [make(5, affine=affine, momentum=0.3) for _ in range(splits)]
     for part in parts:
         part.load_state_dict(plain.state_dict())
-    split = split_batch_norm(nn.Sequential(plain), splits)
+    split = group_batch_norm(nn.Sequential(plain), splits=splits)
     x = torch.randn(12, 5, *[3, 2][: 2 * (dims - 1)]) * torch.arange(1.0, 13).view(-1, 1, *[1] * (2 * dims - 2))
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = torch.empty_like(x)
@@ -312,8 +322,8 @@ def test_split_batch_norm_goes_everywhere_and_needs_equal_parts() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     net[1][1].weight.requires_grad_(False)
     names = list(net.state_dict())
-    split = split_batch_norm(net, 4)
-    assert [m.splits for m in split.modules() if hasattr(m, "splits")] == [4, 4]
+    split = group_batch_norm(net, splits=4)
+    assert [m.groups.splits for m in split.modules() if isinstance(m, GroupedBatchNorm)] == [4, 4]
     assert list(split.state_dict()) == names
     assert not split[1][1].weight.requires_grad and split[1][1].bias.requires_grad
     with pytest.raises(UserError, match=r"6 images does not split into --bn-splits 4 parts"):
@@ -326,7 +336,7 @@ def test_what_is_more_than_a_batch_norm_is_not_split() -> None:
         pass
 
     with pytest.raises(UserError, match=r"--bn-splits.*AndMore"):
-        split_batch_norm(nn.Sequential(nn.BatchNorm2d(3), AndMore(3)), 2)
+        need_batch_norm_groups(nn.Sequential(nn.BatchNorm2d(3), AndMore(3)), "--bn-splits")
 
 
 def test_shuffled_rows_come_back_to_their_places() -> None:
@@ -348,7 +358,7 @@ def test_shuffled_rows_come_back_to_their_places() -> None:
 
 
 def test_shuffling_deals_images_out_to_other_parts() -> None:
-    net = split_batch_norm(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), 4)
+    net = group_batch_norm(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), splits=4)
     x = torch.randn(16, 3, 2, 2) * torch.arange(1.0, 17).view(-1, 1, 1, 1)
     once, again, plain = encode_shuffled(net, x), encode_shuffled(net, x), net(x)
     assert not torch.allclose(once, plain) and not torch.allclose(once, again)
@@ -361,7 +371,7 @@ def test_moco_shuffles_keys_that_are_split(monkeypatch: pytest.MonkeyPatch) -> N
     for options, shuffles in (
         ({"bn_splits": 2}, True),
         ({"bn_splits": 2, "shuffle_bn": False}, False),
-        ({"bn_splits": 1}, False),  # one process, one batch: nothing to deal out
+        ({"bn_splits": 1}, False),  # one process, one batch: nothing to shuffle
     ):
         net = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         made = module.Method(net, 3, module.Config(dim=4, queue_size=8, **options))
@@ -369,7 +379,7 @@ def test_moco_shuffles_keys_that_are_split(monkeypatch: pytest.MonkeyPatch) -> N
         made(Batch([torch.randn(6, 3, 4, 4) for _ in range(2)], None, torch.arange(6), torch.zeros(6)))
         assert bool(calls) == shuffles
         for part in (made.backbone, made.target_backbone):
-            assert getattr(part[0], "splits", 1) == options["bn_splits"]
+            assert groups_of(part).splits == options["bn_splits"]
 
 
 # ------------------------------------------------------------------ the queue (T10)

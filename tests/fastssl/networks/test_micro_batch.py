@@ -13,7 +13,7 @@ from torch import nn
 from fastssl import methods
 from fastssl.config.schema import RunConfig
 from fastssl.device import pick_precision
-from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm
+from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.networks.encode import in_groups
 from fastssl.networks.micro_batch import MicroBatches, slices
 from fastssl.progress import Progress
@@ -52,10 +52,7 @@ def steps(name: str, options: dict[str, object], micro: bool) -> tuple[list, nn.
     for p in method.parameters():
         if p.ndim == 1 and p.requires_grad:  # not SimSiam's zero at the end of every residual branch
             nn.init.uniform_(p, 0.5, 1)
-    step = Step(config, group_batch_norm(method).double(), CPU, FP32)
-    for m in method.modules():
-        if isinstance(m, GroupedBatchNorm):
-            m.images = PART
+    step = Step(config, group_batch_norm(method, images=PART).double(), CPU, FP32)
     seen = []
     hooked, grads = method.after_backward, []
 
@@ -138,7 +135,7 @@ def test_no_graph_no_second_pass() -> None:
     net.micro_batches = MicroBatches(2)
     with torch.no_grad():
         h = in_groups(net, torch.randn(6, 4), 1)
-    assert not h.requires_grad and not net.micro_batches._calls
+    assert not h.requires_grad and not net.micro_batches._passes
 
 
 def test_slices_keep_views_and_tiles_of_their_images() -> None:

@@ -14,7 +14,7 @@ from fastssl.config.schema import RunConfig
 from fastssl.device import pick_precision
 from fastssl.losses import guided as addons
 from fastssl.methods.base import Method
-from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm
+from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.networks.encode import encode_shuffled
 from fastssl.progress import Progress
 from fastssl.training.step import Step
@@ -106,9 +106,8 @@ def trained_steps(name: str, mode: str) -> list[dict]:
     alone, own = processes.size() == 1, IMAGES // PROCESSES
     smooth(group_batch_norm(method.double(), sync=mode == "sync"))
     config.run.micro_batch = own // 2 if mode == "micro" and not alone else None
-    for m in method.modules():
-        if isinstance(m, GroupedBatchNorm) and alone:
-            m.images = {"groups": own, "sync": None, "micro": own // 2}[mode]
+    if alone:
+        group_batch_norm(method, images={"groups": own, "sync": None, "micro": own // 2}[mode])
     return steps_of(config, method, batch)
 
 

@@ -15,12 +15,14 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torchvision
 from PIL import Image, ImageOps
 
+import loaders
 from loaders import beton, draw
 from loaders.beton import MODE_JPEG, MODE_RAW, Reader
 from loaders.convert import command as convert
@@ -113,6 +115,7 @@ def test_summary_beside_the_file(tmp_path, capsys, folder):
     assert min(content["counts"]) > 0  # --limit takes from all classes
     assert content["source"] == folder and content["options"]["limit"] == 9 and content["stored"] == {"original": 9}
     assert content["bytes"] == (tmp_path / "o.beton").stat().st_size and content["skipped"] == 0
+    assert content["versions"]["fastssl"] == loaders.__version__
     assert content["versions"]["torch"] and content["seconds"] > 0
 
 
@@ -134,40 +137,28 @@ def test_any_number_of_workers_writes_the_same_file(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("verify", ["--verify", "--no-verify"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "tail"),
     [
-        {},
-        {"progressive": True},
-        {"subsampling": 0},
-        {"restart_marker_blocks": 2},
-        {"optimize": True, "comment": b"\xff\xd9 an end inside a comment"},
-        {"icc_profile": b"p" * 70_000},
-        {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"},
+        ({}, b""),
+        ({"progressive": True}, b""),
+        ({"subsampling": 0}, b""),
+        ({"restart_marker_blocks": 2}, b""),
+        ({"optimize": True, "comment": b"\xff\xd9 an end inside a comment"}, b""),
+        ({"icc_profile": b"p" * 70_000}, b""),
+        ({"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}, b""),
+        ({}, b"\0" * 100),
+        ({}, b"trailing text"),
+        ({}, b"\0\0x"),
+        ({}, encode(smooth(8, 8))),
     ],
-    ids=lambda o: "+".join(o) or "plain",
+    ids=lambda o: "+".join(o) if isinstance(o, dict) else str(o[:9]),
 )
-def test_plain_jpegs_are_original(tmp_path, capsys, options, verify):
-    content = encode(smooth(71, 33), **options)
-    sample = convert_one(tmp_path, capsys, content, verify)
+@pytest.mark.parametrize(("bands", "name"), [(3, "x.jpg"), (1, "x.jpg"), (3, "x.png")])
+def test_plain_jpegs_are_original(tmp_path, capsys, options, tail, bands, name, verify):
+    """Whatever they are called, and whatever comes behind their end."""
+    content = encode(smooth(71, 33, bands=bands), **options) + tail
+    sample = convert_one(tmp_path, capsys, content, verify, name=name)
     assert bytes(sample.jpeg) == content and (sample.height, sample.width) == (71, 33)
-
-
-@pytest.mark.parametrize("tail", [b"\0" * 100, b"trailing text", b"\0\0x", encode(smooth(8, 8))])
-def test_bytes_behind_the_end_are_harmless(tmp_path, capsys, tail):
-    content = encode(smooth()) + tail
-    assert bytes(convert_one(tmp_path, capsys, content).jpeg) == content
-
-
-def test_gray_jpeg_stays(tmp_path, capsys):
-    content = encode(smooth(bands=1))
-    sample = convert_one(tmp_path, capsys, content)
-    assert bytes(sample.jpeg) == content and (sample.height, sample.width) == (60, 80)
-
-
-def test_wrong_extension_is_judged_by_content(tmp_path, capsys):
-    content = encode(smooth())
-    assert bytes(convert_one(tmp_path, capsys, content, name="x.png").jpeg) == content
-    assert_close(convert_one(tmp_path, capsys, encode(smooth(70, 90), "PNG"), name="x.jpg"), smooth(70, 90))
 
 
 # Order and parts
@@ -280,15 +271,16 @@ def test_parts_need_no_common_size(tmp_path, capsys):
 # What becomes upright 8-bit RGB
 
 
-@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "GIF", "WEBP", "PPM"])
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "CMYK", "misnamed"])
 def test_other_formats(tmp_path, capsys, form):
     image = smooth(70, 90)
-    options = {"lossless": True} if form == "WEBP" else {}
-    if form == "GIF":
-        image = image.quantize(64)
-    sample = convert_one(tmp_path, capsys, encode(image, form, **options), name=f"x.{form.lower()}")
+    image = {"GIF": image.quantize(64), "CMYK": image.convert("CMYK")}.get(form, image)
+    options = {"WEBP": {"lossless": True}, "CMYK": {"quality": 95}}.get(form, {})
+    content = encode(image, {"CMYK": "JPEG", "misnamed": "PNG"}.get(form, form), **options)
+    name = "x.jpg" if form in ("CMYK", "misnamed") else f"x.{form.lower()}"
+    sample = convert_one(tmp_path, capsys, content, name=name)
     assert sample.mode == MODE_JPEG
-    assert_close(sample, image, limit=4 if form == "GIF" else 2)
+    assert_close(sample, image, limit=4 if form in ("GIF", "CMYK") else 2)
 
 
 def test_tiny_png_is_exact(tmp_path, capsys):
@@ -354,12 +346,6 @@ def test_first_frame_of_an_animation(tmp_path, capsys):
         frame.putpalette([200, 0, 0, 0, 200, 0])
     content = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert pixels(convert_one(tmp_path, capsys, content, name="x.gif"))[3, 3].tolist() == [200, 0, 0]
-
-
-def test_cmyk_jpeg(tmp_path, capsys):
-    image = smooth().convert("CMYK")
-    sample = convert_one(tmp_path, capsys, encode(image, quality=95))
-    assert_close(sample, image.convert("RGB"), limit=4)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -582,35 +568,32 @@ def fail_with(number):
     return fail
 
 
-@pytest.mark.parametrize("when", ["extend", "flush", "commit"])
-def test_full_disk(tmp_path, capsys, folder, monkeypatch, when):
-    monkeypatch.setattr(beton.Writer, when, fail_with(errno.ENOSPC))
+@pytest.mark.parametrize(
+    ("where", "name", "does", "message"),
+    [
+        *((beton.Writer, name, fail_with(errno.ENOSPC), "is full") for name in ("extend", "flush", "commit")),
+        (convert, "_write", fail_with(errno.EIO), "Input/output error"),  # of the summary
+        (convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000), "has 1 kB free"),
+    ],
+)
+def test_disks_that_fail(tmp_path, capsys, folder, monkeypatch, where, name, does, message):
+    monkeypatch.setattr(where, name, does)
     status, out, err = run(capsys, folder, tmp_path / "o.beton")
-    assert status == 2 and out == "" and err.count("\n") == 1 and "is full" in err
+    assert status == 2 and out == "" and err.count("\n") == 1 and message in err
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
 
 
-def test_failure_while_writing_the_summary(tmp_path, capsys, folder, monkeypatch):
-    monkeypatch.setattr(convert, "_write", fail_with(errno.EIO))
-    status, _, err = run(capsys, folder, tmp_path / "o.beton")
-    assert status == 2 and "Input/output error" in err
-    assert [p.name for p in tmp_path.iterdir()] == ["src"]
-
-
-def test_too_little_space_is_said_before(tmp_path, capsys, folder, monkeypatch):
-    usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
-    status, _, err = run(capsys, folder, tmp_path / "o.beton")
-    assert status == 2 and "has 1 kB free" in err
+def run_limited(bytes_per_file, *arguments):
+    """The command in a process that cannot write larger files."""
+    code = "import resource, sys; from loaders.convert.command import main; "
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_per_file}, {bytes_per_file})); sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_a_file_that_outgrows_its_limit(tmp_path):
     """The real thing, a write that fails half-way: a limit on the size of files."""
-    code = "import resource, sys; from loaders.convert.command import main; "
-    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000)); sys.exit(main())"
     src = put(tmp_path / "src", {f"{i}.jpg": encode(smooth(seed=i)) + bytes(400_000) for i in range(30)})
-    command = [sys.executable, "-c", code, src, str(tmp_path / "o.beton")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_limited(9_000_000, src, tmp_path / "o.beton")
     assert done.returncode == 2 and "fastssl-convert: error:" in done.stderr and "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
 
@@ -741,10 +724,7 @@ def test_generated_pictures(tmp_path, capsys):
 def test_full_disk_while_unpacking(tmp_path, folder):
     with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:
         tar.add(folder, "top")
-    code = "import resource, sys; from loaders.convert.command import main; "
-    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000)); sys.exit(main())"
-    command = [sys.executable, "-c", code, str(tmp_path / "x.tgz"), str(tmp_path / "o.beton")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_limited(9_000, tmp_path / "x.tgz", tmp_path / "o.beton")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "File too large" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src", "x.tgz"]
 

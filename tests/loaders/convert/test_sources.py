@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from loaders.braces import expand_braces
 from loaders.convert.sources import open_source
-from loaders.dataset import expand_braces
 from loaders.errors import UserError
 
 
@@ -124,33 +124,30 @@ def test_a_compressed_tar_is_unpacked_out_of_sight(tmp_path, kind):
     source.close()
 
 
-def test_flat_has_no_classes(pack):
-    source = open_source(pack({"a.jpg": jpeg(), "b.png": jpeg(1)}))
-    assert source.classes == [] and {label for _, label in listing(source).values()} == {0}
+IN_CLASSES = dict.fromkeys(CLASSES, jpeg())
+JUNK = dict.fromkeys((".DS_Store", "cat/._a.jpg", "__MACOSX/cat/a.jpg", ".git/a.jpg"), b"x")
+OTHERS = {"README.md": b"text", "cat/notes.txt": b"long enough to be sniffed at", "dog/empty.txt": b""}
 
 
-def test_hidden_and_other_files_are_left_out(pack):
-    contents = {name: jpeg() for name in CLASSES}
-    junk = {".DS_Store": b"x", "cat/._a.jpg": b"x", "__MACOSX/cat/a.jpg": b"x", ".git/a.jpg": b"x"}
-    others = {"README.md": b"text", "cat/notes.txt": b"long enough to be sniffed at", "dog/empty.txt": b""}
-    source = open_source(pack({**junk, **contents, **others}))
-    assert listing(source).keys() == contents.keys() and source.ignored == 3 and source.unusable == []
-
-
-def test_an_image_by_another_name_is_found(pack):
-    source = open_source(pack({"cat/a.jpg": jpeg(), "cat/0123abcd": jpeg(1), "dog/x.dat": jpeg(2)}))
-    assert len(source) == 3 and source.classes == ["cat", "dog"]
-
-
-def test_single_top_folder_is_no_class(pack):
-    source = open_source(pack({f"./top/images/{name}": jpeg() for name in CLASSES}))
-    assert source.classes == ["cat", "dog"]
-
-
-def test_image_beside_the_class_folders_is_reported(pack):
-    source = open_source(pack({"logo.jpg": jpeg(), **{name: jpeg() for name in CLASSES}}))
-    assert len(source) == 4 and source.unusable == [("logo.jpg", "lies beside the class folders, so it has no class")]
-    assert "logo.jpg" not in listing(source)
+@pytest.mark.parametrize(
+    ("contents", "num", "classes", "ignored", "unusable"),
+    [
+        ({"a.jpg": jpeg(), "b.png": jpeg(1)}, 2, [], 0, []),
+        (JUNK | IN_CLASSES | OTHERS, 4, ["cat", "dog"], 3, []),
+        ({"cat/a.jpg": jpeg(), "cat/0123abcd": jpeg(1), "dog/x.dat": jpeg(2)}, 3, ["cat", "dog"], 0, []),
+        ({f"./top/images/{name}": jpeg() for name in CLASSES}, 4, ["cat", "dog"], 0, []),
+        ({"logo.jpg": jpeg()} | IN_CLASSES, 4, ["cat", "dog"], 0, ["logo.jpg"]),
+        # one class called train (as in CIFAR-100) is a class
+        ({"train/a.jpg": jpeg(), "ship/b.jpg": jpeg()}, 2, ["ship", "train"], 0, []),
+    ],
+    ids=["flat", "hidden and other files", "by another name", "a top folder", "beside the classes", "a class train"],
+)
+def test_which_files_and_classes(pack, contents, num, classes, ignored, unusable):
+    source = open_source(pack(contents))
+    assert (len(source), source.classes, source.ignored) == (num, classes, ignored)
+    assert source.unusable == [(name, "lies beside the class folders, so it has no class") for name in unusable]
+    assert not listing(source).keys() & {*JUNK, *OTHERS, *unusable}
+    assert {label for _, label in listing(source).values()} == set(range(len(classes) or 1))
 
 
 def test_train_and_val_must_be_chosen(pack):
@@ -497,9 +494,3 @@ def test_subset_is_spread_over_the_source(tmp_path):
     assert [source.read(int(i))[1] for i in chosen] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(source.subset(1000)) == 40
     assert list(open_source("shapes:50").subset(7)) == list(range(7))
-
-
-def test_name_conflict_of_splits_needs_two(tmp_path):
-    """One class called train (as in CIFAR-100) is a class."""
-    tree(tmp_path, ["train/a.jpg", "ship/b.jpg"])
-    assert open_source(str(tmp_path)).classes == ["ship", "train"]
