@@ -42,8 +42,8 @@ _BYOL = {
 # How the paper's kNN figures were made; other protocols give others.
 _KNN_IMAGENET, _KNN_CIFAR = "majority vote of 200", "nearest neighbour"
 _KNN_CODE = (
-    "kNN is a majority vote of 200 neighbours in the paper. The code weighs votes by exp(cosine / 0.2) and squashes images "
-    "to 256 x 256."
+    "kNN is a majority vote of 200 neighbours in the paper. The code weighs votes by exp(cosine / 0.2) and squashes "
+    "images to 256 x 256."
 )
 
 
