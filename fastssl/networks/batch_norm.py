@@ -6,6 +6,7 @@ The rows of a pass are [V, P, B]: V views, P parts of each view (tiles, combinat
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -186,7 +187,16 @@ def _grouped(kind: type[nn.Module]) -> type[GroupedBatchNorm] | None:
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
         return GroupedBatchNorm
     if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
-        from fastssl.networks.batch_norm_act import GroupedBatchNormAct
-
-        return GroupedBatchNormAct
+        return _with_activation(kind)
     return None
+
+
+@functools.cache
+def _with_activation(kind: type[Any]) -> type[GroupedBatchNorm]:
+    """`GroupedBatchNorm`, then dropping and activation as in `kind`: timm's BatchNormAct2d, not named in an import here
+    because timm takes a second to import."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.act(self.drop(self._normalise(x))) if self.training else kind.forward(self, x)
+
+    return type("GroupedBatchNormAct", (GroupedBatchNorm, kind), {"forward": forward})
