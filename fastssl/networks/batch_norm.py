@@ -187,7 +187,7 @@ def _grouped(kind: type[nn.Module]) -> type[GroupedBatchNorm] | None:
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
         return GroupedBatchNorm
     if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
-        return _with_activation(kind)
+        return _with_activation(kind)  # type: ignore[arg-type]  # classes are hashable
     return None
 
 
