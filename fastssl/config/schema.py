@@ -63,6 +63,8 @@ class Data(Options):
     without blur."""
     crop_min: float | None = None
     """Smallest crop, share of the image's area. None: the recipe's."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Resampling of the crops. None: the recipe's."""
     blur: float | None = None
     """Probability of Gaussian blur, sigma 0.1-2 px. None: the recipe's (0.5; 0 for cifar)."""
     batch_size: int = 32
@@ -165,6 +167,8 @@ class Optim(Options):
     """Learning rate at the end of the cosine, which is not scaled with the batch (SwAV, SSLight: .0048)."""
     clip_norm: float | None = None
     """Largest norm of the gradient of all parameters together (Fast-MoCo: 1). None: not clipped."""
+    clip_each_norm: float | None = None
+    """Largest norm of the gradient of each parameter by itself (DINO's --clip_grad: 3). None: not clipped."""
 
     READ_IF = {
         "momentum": one_of("optimizer", "sgd", "lars"),
@@ -175,7 +179,7 @@ class Optim(Options):
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         at_least(self, 1, "epochs")
-        above_zero(self, "lr", "trust_coefficient", "clip_norm")
+        above_zero(self, "lr", "trust_coefficient", "clip_norm", "clip_each_norm")
         at_least(self, 0, "lr_batch_size", "weight_decay", "weight_decay_end", "min_lr")
         need(0 <= self.momentum < 1, f"--momentum {self.momentum}: in [0, 1)")
         share(self, "warmup_start")

@@ -172,7 +172,8 @@ def ungroup_batch_norm(module: Module) -> Module:
     """Make every grouped BatchNorm in `module` the plain one that it was (2-D), and return `module`."""
     for m in module.modules():
         if isinstance(m, GroupedBatchNorm):
-            m.__class__ = next(kind for kind in type(m).__mro__ if not issubclass(kind, GroupedBatchNorm))
+            plain = next(kind for kind in type(m).__mro__ if not issubclass(kind, GroupedBatchNorm))
+            m.__class__ = plain  # type: ignore[assignment]
     return module
 
 

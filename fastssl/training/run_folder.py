@@ -14,8 +14,7 @@ from fastssl.training import log as logs
 from fastssl.training.build import Setup
 from fastssl.training.monitor import Monitor
 from loaders import Loader, ViewSpec, __version__
-from loaders.beton import Reader
-from loaders.dataset import Readers
+from loaders.dataset import Dataset
 from loaders.errors import UserError
 
 CONFIG, VIEWS, CURVES = "config.yaml", "views.png", "curves.png"
@@ -34,7 +33,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"--out {folder} holds a run: continue it with --resume, replace it with --overwrite")
 
 
-def begin(folder: Path, config: RunConfig, reader: Reader | Readers, spec: ViewSpec) -> None:
+def begin(folder: Path, config: RunConfig, reader: Dataset, spec: ViewSpec) -> None:
     """Make the folder of a new run, with its configuration and a picture of its views. A resumed run has one."""
     folder.mkdir(parents=True, exist_ok=True)
     if config.run.resume:
