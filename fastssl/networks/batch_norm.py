@@ -182,7 +182,7 @@ def running_norms(net: nn.Module) -> list[_BatchNorm]:
     return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
-def _grouped(kind: type[nn.Module]) -> type[GroupedBatchNorm] | None:
+def _grouped(kind: type) -> type[GroupedBatchNorm] | None:
     """The class that does in groups what `kind` does; None if there is none."""
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
         return GroupedBatchNorm
