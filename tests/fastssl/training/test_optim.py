@@ -491,7 +491,6 @@ def test_loss_scaling_does_not_change_the_step(clip_norm: float | None, beton: P
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "fp16"), ("adamw", "fp16"), ("lars", "bf16")])
 def test_no_optimizer_waits_for_the_gpu(
     optimizer: str, precision: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
