@@ -7,6 +7,8 @@ as it is.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from fastssl import methods
 from fastssl.config import schema as configs
 from fastssl.config.schema import RunConfig
 from fastssl.progress import Progress
+from fastssl.training import log as logs
 from fastssl.training.build import make_views
 from fastssl.training.step import Step
 from loaders import Batch, ViewSpec
@@ -67,6 +70,19 @@ def config_of(name: str, *, size: int = 32, backbone: str = "resnet18", **option
     return config
 
 
+def cases(addons: Iterable[dict[str, object]], active: dict[str, object]) -> dict[str, tuple[str, dict[str, object]]]:
+    """Every method with each of the add-ons' options that it has, and those of `active`: label to name and options."""
+    found = {}
+    for name in methods.available():
+        config = config_of(name)
+        common = {option: value for option, value in active.items() if has(config, option)}
+        for options in addons:
+            if all(has(config, option) for option in options):
+                label = " ".join([name, *(f"{option}={value}" for option, value in options.items())])
+                found[label] = (name, common | options)
+    return found
+
+
 def method_of(config: RunConfig) -> nn.Module:
     """The method on a `TinyResNet`, with the same weights at every call."""
     torch.manual_seed(1)
@@ -87,6 +103,11 @@ def made(name: str, B: int = 8, **options: object) -> tuple[RunConfig, nn.Module
     config = config_of(name, **options)
     config.method_options.validate()
     return config, method_of(config), batch_of(make_views(config), B)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss that a run logged of each step."""
+    return {e["step"]: e["loss"] for e in logs.read_metrics(folder / logs.METRICS) if "loss" in e}
 
 
 def forbid_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

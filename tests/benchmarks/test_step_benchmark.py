@@ -238,7 +238,6 @@ def test_verdicts() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "step.json"
     small = ("--backbones", "resnet18", "--batch-size", "8", "--size", "64", "--steps", "2", "--json", str(out))

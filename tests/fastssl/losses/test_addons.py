@@ -47,26 +47,18 @@ def closest(z_KD: Tensor, other_KD: Tensor, mode: str) -> tuple[int, int]:
 
 @quick
 @given(B=st.integers(1, 9), seed=SEEDS, mode=st.sampled_from(["guided", "reversed"]))
-def test_two_views_against_a_loop_over_images(B: int, seed: int, mode: str) -> None:
-    z, partner = drawn(B, 2, seed)
-    expected = torch.zeros(2, 2, B)
-    for b, r in enumerate(partner):
-        a, _ = closest(z[:, b], z[:, r], mode)
-        expected[a, 1 - a, b] = 1
-    assert torch.equal(guided_weights(z, torch.tensor(partner), mode), expected)
-
-
-@quick
-@given(B=st.integers(1, 9), seed=SEEDS, mode=st.sampled_from(["guided", "reversed"]))
-def test_four_views_against_a_loop_over_images(B: int, seed: int, mode: str) -> None:
-    """Row b: 1/2 D(p_1a, z_1a') + 1/2 D(p_2c, z_2c'), where image 2 is r(b) and has views 2 and 3."""
+def test_pairs_of_views_against_a_loop_over_images(B: int, seed: int, mode: str) -> None:
+    """Of four views, row b: 1/2 D(p_1a, z_1a') + 1/2 D(p_2c, z_2c'), where image 2 is r(b) and has views 2 and 3."""
     z, partner = drawn(B, 4, seed)
-    expected = torch.zeros(4, 4, B)
+    two, four = torch.zeros(2, 2, B), torch.zeros(4, 4, B)
     for b, r in enumerate(partner):
+        a, _ = closest(z[:2, b], z[:2, r], mode)
+        two[a, 1 - a, b] = 1
         a, c = closest(z[:2, b], z[2:, r], mode)
-        expected[a, 1 - a, b] += 0.5
-        expected[2 + c, 3 - c, r] += 0.5
-    assert torch.equal(guided_weights_4(z, torch.tensor(partner), mode), expected)
+        four[a, 1 - a, b] += 0.5
+        four[2 + c, 3 - c, r] += 0.5
+    assert torch.equal(guided_weights(z[:2], torch.tensor(partner), mode), two)
+    assert torch.equal(guided_weights_4(z, torch.tensor(partner), mode), four)
 
 
 @quick
@@ -83,18 +75,6 @@ def test_mean_targets_against_a_loop_over_images(B: int, K: int, seed: int, mode
         torch.testing.assert_close(guide_mean(z, Guided(guided=mode)), expected)
 
 
-@quick
-@given(B=st.integers(1, 9), seed=SEEDS, mode=st.sampled_from(["guided", "reversed"]))
-def test_mean_targets_of_two_views_are_the_plain_form(B: int, seed: int, mode: str) -> None:
-    """Target i is then the other view: weights on (i, i) there are those on (i, 1 - i) here."""
-    z, _ = drawn(B, 2, seed)
-    options = Guided(guided=mode, guided_views=2)
-    torch.manual_seed(seed)
-    of_means = guide_mean(z, options)
-    torch.manual_seed(seed)
-    assert torch.equal(of_means, guide(z, options).flip(1))
-
-
 def test_the_first_of_equal_distances_wins() -> None:
     """On a line, all sixteen orders of two views at 0 or 1 beside a partner's at 0 or 1."""
     for z1, z2, o1, o2 in itertools.product((0.0, 1.0), repeat=4):
@@ -104,22 +84,6 @@ def test_the_first_of_equal_distances_wins() -> None:
         for mode, k in (("guided", first), ("reversed", 3 - first)):
             a, c = closest_views(z, other, mode)
             assert (a.item(), c.item()) == divmod(k, 2)
-
-
-@pytest.mark.parametrize(
-    ("near", "far", "by_others"),
-    [
-        ([3.0, 3.0], [0.0, 4.5], "the sum of differences"),
-        ([3.0, 0.0], [2.9, 2.9], "the largest difference"),
-        ([0.0, 1.0], [9.0, 0.0], "the cosine with the partner's (1, 0)"),
-    ],
-)
-def test_distances_are_euclidean_and_of_raw_outputs(near: list, far: list, by_others: str) -> None:
-    """`by_others` would choose the far one."""
-    other = torch.tensor([1.0, 0.0] if "cosine" in by_others else [0.0, 0.0]).expand(2, 1, 2)
-    for first in (0, 1):
-        z = torch.tensor([near, far] if first == 0 else [far, near])[:, None]
-        assert closest_views(z, other)[0].item() == first
 
 
 def test_half_precision_compares_in_full() -> None:
@@ -232,20 +196,12 @@ def test_the_printed_alphas_weigh_all_pairs_alike(L: int, printed: float, num_ta
     torch.testing.assert_close(torch.tensor(rebalanced_weights(2 + L, num_targets, printed)), plain, rtol=0, atol=1e-6)
     exact = torch.tensor(rebalanced_weights(2 + L, num_targets, 1 / (1 + L)))
     torch.testing.assert_close(exact, plain, rtol=1e-6, atol=0)
-    ours = torch.tensor(rebalanced_weights(2 + L, num_targets, 0.4))
-    assert ours[1, 0] == pytest.approx(0.4 / num_targets)
-    assert ours[2:].sum() == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.4, 1.0])
 def test_without_small_views_alpha_changes_nothing(alpha: float | None) -> None:
     assert rebalanced_weights(2, 2, alpha) == [[0, 0.5], [0.5, 0]]
     assert rebalanced_weights(2, 1, alpha) == [[0], [1]]
-
-
-def test_ends_of_alpha_drop_pairs_entirely() -> None:
-    assert all(x == 0 for row in rebalanced_weights(5, 2, 1.0)[2:] for x in row)
-    assert all(x == 0 for row in rebalanced_weights(5, 2, 0.0)[:2] for x in row)
 
 
 def test_small_views_come_after_the_large_ones() -> None:
@@ -260,15 +216,10 @@ def test_small_views_come_after_the_large_ones() -> None:
 
 @pytest.mark.parametrize(
     ("options", "flag"),
-    [({"num_local": -1}, "--num-local -1"), ({"alpha": -0.1}, "--alpha -0.1"), ({"alpha": 1.1}, "--alpha 1.1")],
+    [({"num_local": -1}, "--num-local -1"), *(({"alpha": x}, f"--alpha {x}") for x in (-0.1, 1.1, math.nan))],
 )
 def test_bad_values_name_their_flag(options: dict, flag: str) -> None:
     with pytest.raises(UserError, match=flag):
         MultiCrop(**options).validate()
     MultiCrop(num_local=3, alpha=1.0).validate()
     MultiCrop(alpha=0.0).validate()
-
-
-def test_nan_is_no_weight() -> None:
-    with pytest.raises(UserError, match="--alpha"):
-        MultiCrop(alpha=math.nan).validate()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import TinyResNet, made
+from small import TinyResNet
 from torch import Tensor, nn
 
 import loaders
 from fastssl.losses import patches
-from fastssl.losses.ops import Owner, combine, divide, others, own
+from fastssl.losses.ops import Owner, combine, divide, others
 from fastssl.losses.pairs import PairConfig
 from fastssl.losses.patches import Patches, patch_views
 from fastssl.methods import byol, fastmoco, fastsiam, simsiam
@@ -67,16 +66,20 @@ class Predictions(NamedTuple):
     owner_M: list[Owner]
 
 
-def predict(batch: Batch, options: Patches, f: nn.Module | None = None) -> Predictions:
-    return run(f or Mean(), nn.Identity(), nn.Identity(), batch, options)
-
-
-def run(f: nn.Module, g: nn.Module, h: nn.Module, batch: Batch, options: Patches) -> Predictions:
+def predict(
+    batch: Batch, options: Patches, f: nn.Module | None = None, g: nn.Module | None = None, h: nn.Module | None = None
+) -> Predictions:
+    """What is predicted of a batch. Without f, g, h: means of channels, left as they are by both heads."""
     steps = PairConfig(**dataclasses.asdict(options)).steps()
-    z = steps.project(g, steps.encode(f, batch))
-    p_MBD, owner_M = steps.predict(h, z), steps.owners(z)
+    z = steps.project(g or nn.Identity(), steps.encode(f or Mean(), batch))
+    p_MBD, owner_M = steps.predict(h or nn.Identity(), z), steps.owners(z)
     assert len(owner_M) == len(p_MBD)
     return Predictions(p_MBD, z if isinstance(z, Tensor) else None, owner_M)
+
+
+def batch_of(options: Patches, size: int, B: int = 3) -> Batch:
+    """What these patches ask of the loader, of two views."""
+    return batch_for(patch_views(RECIPES["imagenet"](2, size), options), B)
 
 
 # ------------------------------------------------------------------ every variant
@@ -84,16 +87,23 @@ def run(f: nn.Module, g: nn.Module, h: nn.Module, batch: Batch, options: Patches
 
 @each_variant
 def test_what_is_drawn_seen_and_predicted(variant: str) -> None:
-    """The numbers of predictions are those of the paper's table: 12, 4, 4, 4, 28, 28."""
+    """The numbers of predictions are those of the paper's table: 12, 4, 4, 4, 28, 28.
+
+    A crop of half the pixels covers half the area; rectangles are cut from crops as large as a view.
+    """
     drawn, seen, M = VARIANTS[variant]
     options = Patches(patches=variant)
     options.validate()
     spec = patch_views(SPEC, options)
     assert spec.sizes == (224, 224, *drawn)
     assert spec.views[:2] == SPEC.views
+    share = {"encode": 1 / 2, "sample-encode-combine": 1 / 4}.get(variant, 1)
+    for crop in spec.views[2:]:
+        assert crop.scale == pytest.approx((0.2 * share, 1.0 * share))
+        assert dataclasses.replace(crop, size=224, scale=(0.2, 1.0)) == SPEC.views[0]
     assert spec.divide == (2 if variant == "divide-encode-combine" else 1)
     f, batch = Watched(), batch_for(spec)
-    online = run(f, nn.Linear(64, 16), nn.Linear(16, 8), batch, options)
+    online = predict(batch, options, f, nn.Linear(64, 16), nn.Linear(16, 8))
     assert f.seen == [(2 * n, 3, height, width) for n, height, width in seen]
     assert online.p_MBD.shape == (M, 2, 8)
     assert (online.z_TBD is None) == (variant != "off")
@@ -108,17 +118,6 @@ def test_what_is_drawn_seen_and_predicted(variant: str) -> None:
 
 
 @each_variant
-def test_drawn_crops_look_as_large_as_views_do(variant: str) -> None:
-    """A crop of half the pixels covers half the area; rectangles are cut from crops as large as a view."""
-    spec = patch_views(SPEC, Patches(patches=variant))
-    share = {"encode": 1 / 2, "sample-encode-combine": 1 / 4}.get(variant, 1)
-    for crop in spec.views[2:]:
-        assert crop.scale == pytest.approx((0.2 * share, 1.0 * share))
-        assert crop.size == round(224 * math.sqrt(share))
-        assert dataclasses.replace(crop, size=224, scale=(0.2, 1.0)) == SPEC.views[0]
-
-
-@each_variant
 def test_extra_crops_come_last_whole_and_predict_all_targets(variant: str) -> None:
     plain, options = Patches(patches=variant), Patches(patches=variant, extra_crops=2, extra_size=96)
     spec = patch_views(SPEC, options)
@@ -126,7 +125,7 @@ def test_extra_crops_come_last_whole_and_predict_all_targets(variant: str) -> No
     assert spec.divide == 1  # the loader would cut the crops, too
     assert patch_views(SPEC, Patches(patches=variant, extra_crops=1)).sizes[-1] == 224
     f, batch = Watched(), batch_for(spec)
-    found = run(f, nn.Identity(), nn.Identity(), batch, options)
+    found = predict(batch, options, f)
     assert f.seen[-1] == (4, 3, 96, 96)
     assert found.owner_M[-2:] == [None, None] and not options.owned
     assert len(found.owner_M) == VARIANTS[variant][2] + 2 == len(found.p_MBD)
@@ -137,9 +136,8 @@ def test_extra_crops_come_last_whole_and_predict_all_targets(variant: str) -> No
 @each_variant
 def test_owners_are_right(variant: str) -> None:
     """A prediction changes with the view that it belongs to, and with no other."""
-    options = Patches(patches=variant)
-    spec = patch_views(RECIPES["imagenet"](2, 64), options)
-    batch, f = batch_for(spec, 5), TinyResNet().eval()
+    options, f = Patches(patches=variant), TinyResNet().eval()
+    batch = batch_of(options, 64, 5)
     before = predict(batch, options, f)
     for view in (0, 1):
         views = list(batch.views)
@@ -171,8 +169,7 @@ def test_owners_are_right(variant: str) -> None:
 def test_numbers_of_other_tilings(variant: str, n: int, m: int, num: int | None, M: int) -> None:
     options = Patches(patches=variant, divide=n, combine=m, pairs=num)
     options.validate()
-    spec = patch_views(RECIPES["imagenet"](2, 96), options)
-    assert len(predict(batch_for(spec), options, TinyResNet()).p_MBD) == M
+    assert len(predict(batch_of(options, 96), options, TinyResNet()).p_MBD) == M
 
 
 # ------------------------------------------------------------------ tiles
@@ -183,16 +180,6 @@ def test_numbers_of_other_tilings(variant: str, n: int, m: int, num: int | None,
 def test_joining_undoes_dividing(n: int, B: int, height: int, width: int) -> None:
     x = torch.randn(B, 3, n * height, n * width)
     assert torch.equal(patches._join(divide(x, n).unflatten(0, (n * n, B)), n), x)
-
-
-def test_combinations_are_means_of_the_tiles_features() -> None:
-    batch = batch_for(patch_views(RECIPES["imagenet"](2, 16), Patches(patches="divide-encode-combine")), 3)
-    found = predict(batch, Patches(patches="divide-encode-combine")).p_MBD
-    for k, x in enumerate(batch.views):
-        corners = [x[:, :, i : i + 8, j : j + 8].mean((2, 3)) for j in (0, 8) for i in (0, 8)]
-        pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-        expected = torch.stack([(corners[a] + corners[b]) / 2 for a, b in pairs])
-        torch.testing.assert_close(found[6 * k : 6 * k + 6], expected)
 
 
 def test_the_loaders_tiles_are_those_of_the_views(beton: Path) -> None:
@@ -208,44 +195,32 @@ def test_the_loaders_tiles_are_those_of_the_views(beton: Path) -> None:
         assert not torch.allclose(predict(wrong, options, f).p_MBD, given)  # they are what is used
 
 
-def test_rectangles_are_the_tiles_joined() -> None:
-    """Every tile is in one rectangle: left ones of tiles 0 and 1 of the column-major order, right ones of 2 and 3."""
-    seen: list[Tensor] = []
-
-    class Look(Mean):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(x)
-            return super().forward(x)
-
-    options = Patches(patches="divide-combine-encode")
-    batch = batch_for(patch_views(RECIPES["imagenet"](2, 16), options), 3)
-    found = predict(batch, options, Look())
-    for k, x in enumerate(batch.views):
-        tiles = divide(x, 2).chunk(4)
-        rectangles = torch.cat([torch.cat(tiles[:2], dim=2), torch.cat(tiles[2:], dim=2)])
-        assert torch.equal(seen[0].chunk(2)[k], rectangles)
-        torch.testing.assert_close(found.p_MBD[2 * k : 2 * k + 2], rectangles.mean((2, 3)).view(2, 3, 3))
+def halves(x: Tensor, upright: bool) -> list[Tensor]:
+    """Left and right, or upper and lower ones."""
+    return list(x.chunk(2, dim=3 if upright else 2))
 
 
-def test_drawn_rectangles_lie_and_stand_in_turn() -> None:
-    options = Patches(patches="sample-combine-encode")
-    batch = batch_for(patch_views(RECIPES["imagenet"](2, 16), options), 3)
-    found, crops = predict(batch, options).p_MBD, batch.views[2:]
-    halves = [crops[i][:, :, :8] for i in (0, 2)] + [
-        crops[i][..., :8] for i in (1, 3)
-    ]  # those of one shape in one pass
-    for p, half in zip(found, halves, strict=True):
-        torch.testing.assert_close(p, half.mean((2, 3)))
+@pytest.mark.parametrize(
+    "variant", ["divide-combine-encode", "sample-combine-encode", "encode", "sample-encode-combine"]
+)
+def test_what_is_encoded(variant: str) -> None:
+    """Both upright halves of a view; halves of drawn crops that lie and stand in turn; whole crops, alone or combined.
 
-
-def test_drawn_crops_are_encoded_each_by_itself_or_combined() -> None:
-    options = Patches(patches="encode")
-    batch = batch_for(patch_views(RECIPES["imagenet"](2, 16), options), 3)
-    torch.testing.assert_close(predict(batch, options).p_MBD, torch.stack([x.mean((2, 3)) for x in batch.views[2:]]))
-    options = Patches(patches="sample-encode-combine")
-    batch = batch_for(patch_views(RECIPES["imagenet"](2, 16), options), 3)
-    features = torch.stack([x.mean((2, 3)) for x in batch.views[2:]])
-    torch.testing.assert_close(predict(batch, options).p_MBD, combine(features, 2))
+    Means of channels are what the patches contain. Halves of one shape are encoded in one pass, and follow each other.
+    """
+    options = Patches(patches=variant)
+    batch = batch_of(options, 16)
+    crops = batch.views[2:]
+    if variant == "divide-combine-encode":
+        expected = [half for x in batch.views for half in halves(x, upright=True)]
+    elif variant == "sample-combine-encode":
+        expected = [halves(crops[i], upright)[0] for upright, of in ((False, (0, 2)), (True, (1, 3))) for i in of]
+    else:
+        expected = crops
+    means = torch.stack([x.mean((2, 3)) for x in expected])
+    if variant == "sample-encode-combine":
+        means = combine(means, 2)
+    torch.testing.assert_close(predict(batch, options).p_MBD, means)
 
 
 # ------------------------------------------------------------------ montage
@@ -287,7 +262,7 @@ def test_montage_through_a_network_uses_its_map() -> None:
             self.bn1 = self.relu = self.maxpool = self.layer1 = self.layer2 = self.layer3 = self.layer4 = nn.Identity()
 
     f, options = Blocks(), Patches(patches="montage", combine=1)
-    batch = batch_for(patch_views(RECIPES["imagenet"](2, 32), options), 6)
+    batch = batch_of(options, 32, 6)
     found = predict(batch, options, f).p_MBD
     expected = torch.cat([f(divide(x, 2)).unflatten(0, (4, 6)) for x in batch.views])
     torch.testing.assert_close(found, expected)
@@ -307,48 +282,27 @@ def test_montage_of_an_odd_map_shares_the_middle() -> None:
 # ------------------------------------------------------------------ where and how features are combined
 
 
-@pytest.mark.parametrize("after", ["backbone", "projector", "predictor"])
-def test_where_features_are_combined(after: str) -> None:
+@pytest.mark.parametrize(
+    ("after", "by", "weight"),
+    [("backbone", "mean", 0.5), ("projector", "max", 0.5), ("predictor", "weighted", 0.8), ("projector", "mean", 0.5)],
+)
+def test_where_and_how_features_are_combined(after: str, by: str, weight: float) -> None:
     f, g, h = TinyResNet(), nn.Sequential(nn.Linear(64, 16), nn.ReLU()), nn.Sequential(nn.Linear(16, 8), nn.ReLU())
-    options = Patches(patches="divide-encode-combine", combine_after=after)
-    batch = batch_for(patch_views(RECIPES["imagenet"](2, 64), options), 3)
-    found = run(f, g, h, batch, options).p_MBD
+    options = Patches(patches="divide-encode-combine", combine_after=after, combine_by=by, combine_weight=weight)
+    batch = batch_of(options, 64)
     expected = []
-    for x in batch.views:
-        tiles = f(divide(x, 2)).unflatten(0, (4, 3))
-        expected += {
-            "backbone": lambda t: h(g(combine(t, 2))),
-            "projector": lambda t: h(combine(g(t), 2)),
-            "predictor": lambda t: combine(h(g(t)), 2),
-        }[after](tiles)
-    torch.testing.assert_close(found, torch.stack(expected))
+    for view in batch.views:
+        x = f(divide(view, 2)).unflatten(0, (4, 3))
+        for place, head in (("backbone", g), ("projector", h), ("predictor", nn.Identity())):
+            x = head(combine(x, 2, by=by, weight=weight) if place == after else x)
+        expected.append(x)
+    torch.testing.assert_close(predict(batch, options, f, g, h).p_MBD, torch.cat(expected))
 
 
-def test_how_features_are_combined() -> None:
-    batch = batch_for(patch_views(RECIPES["imagenet"](2, 16), Patches(patches="divide-encode-combine")), 3)
-    tiles = [divide(x, 2).mean((2, 3)).unflatten(0, (4, 3)) for x in batch.views]
-    for by, weight in (("max", 0.5), ("weighted", 0.8)):
-        options = Patches(patches="divide-encode-combine", combine_by=by, combine_weight=weight)
-        expected = torch.cat([combine(t, 2, by=by, weight=weight) for t in tiles])
-        torch.testing.assert_close(predict(batch, options).p_MBD, expected)
+def test_beta_draws_shares_anew() -> None:
     options = Patches(patches="divide-encode-combine", combine_by="beta", combine_weight=1.0)
-    first, again = predict(batch, options).p_MBD, predict(batch, options).p_MBD
-    assert not torch.allclose(first, again)  # drawn anew
-
-
-def test_heads_see_all_combinations_of_a_view_as_one_batch() -> None:
-    """BatchNorm groups: 4 B tiles in the backbone, 6 B rows in the heads; one of each per view."""
-    _, method, batch = made("fastmoco", 5, size=64)
-    rows: list[int] = []
-    for part in (method.projector[1], method.predictor[1]):
-        part.register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
-    method(batch)
-    assert rows == [30, 30] * 2
-    assert method.backbone.bn1.num_batches_tracked == 2
-
-
-def test_the_same_view_as_target() -> None:
-    assert own([0, 0, 1, None], 2) == [[0.2, 0], [0.2, 0], [0, 0.2], [0.2, 0.2]]
+    batch = batch_of(options, 16)
+    assert not torch.allclose(predict(batch, options).p_MBD, predict(batch, options).p_MBD)
 
 
 # ------------------------------------------------------------------ errors

@@ -145,9 +145,9 @@ def test_only_passes_with_gradients_in_train_mode_compute_twice(monkeypatch: pyt
 
 @pytest.mark.parametrize("name", [n for n in methods.available() if has(config_of(n), "dim")])
 @pytest.mark.parametrize("micro_batch", [None, 2])
-def test_every_method_trains_the_same(name: str, micro_batch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("tiny")
+def test_every_method_trains_the_same(name: str, micro_batch: int | None) -> None:
     """The option reaches the backbone, and momentum copies and micro-batches work with it: two steps."""
-    monkeypatch.setattr("fastssl.training.build.backbone", lambda *_, **__: (TinyResNet(), TinyResNet.width))
     states = []
     for checkpointing in (False, True):
         config = config_of(name, backbone="resnet18-cifar")

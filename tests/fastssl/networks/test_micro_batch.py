@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config_of, has, made
+from small import cases, made
 from torch import nn
 
 from fastssl import methods
@@ -32,16 +32,8 @@ ADDONS: tuple[dict[str, object], ...] = (
     {"guided": "guided", "guided_views": 2},
     {"num_local": 2, "local_size": 16, "alpha": 0.4},
 )
-CASES = {}
-for _name in methods.available():
-    _config = config_of(_name)
-    for _options in ADDONS:
-        if all(has(_config, option) for option in _options) and (_name, _options.get("patches")) != (
-            "fastsiam",
-            "montage",
-        ):
-            _active = {k: v for k, v in ACTIVE.items() if has(_config, k)}
-            CASES[" ".join([_name, *map(str, _options.values())])] = (_name, _active | _options)
+CASES = cases(ADDONS, ACTIVE)
+del CASES["fastsiam patches=montage"]  # is for methods of two views
 
 
 def steps(name: str, options: dict[str, object], micro: bool) -> tuple[list, nn.Module, RunConfig]:

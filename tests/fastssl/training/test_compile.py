@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
-from small import has, made
+from small import cases, made
 from torch import Tensor, nn
 
-from fastssl import methods
 from fastssl.networks.batch_norm import group_batch_norm
 from fastssl.progress import Progress
 from fastssl.training.step import compile_method
@@ -22,11 +21,7 @@ VARIANTS: tuple[dict[str, object], ...] = (
     {"num_local": 2, "local_size": 32},
     {"queue_size": 16, "queue_from_epoch": 0},
 )
-CASES = {}
-for _name in methods.available():
-    for _options in VARIANTS:
-        if all(has(made(_name)[0], option) for option in _options):
-            CASES[" ".join([_name, *map(str, _options)])] = (_name, _options)
+CASES = cases(VARIANTS, {})
 
 
 def passes(method: nn.Module, batch: Batch) -> list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]:

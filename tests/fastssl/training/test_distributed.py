@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config_of, has, made
+from small import cases, config_of, has, made
 from torch import Tensor, distributed, nn
 
 from fastssl import methods, processes
@@ -34,16 +34,11 @@ ACTIVE = {
 }
 # Not montage: there an image's neighbours in the batch are in its receptive field.
 ADDONS: list[dict[str, object]] = [
+    {},
     {"guided": "guided", "guided_views": 2, "patches": "divide-encode-combine"},
     {"num_local": 2, "local_size": 16, "alpha": 0.4},
 ]
-CASES: dict[str, tuple[str, dict[str, object]]] = {}
-for _name in methods.available():
-    _config = config_of(_name)
-    for _options in ({}, *ADDONS):
-        if all(has(_config, option) for option in _options):
-            _label = " ".join([_name, *(f"{option}={value}" for option, value in _options.items())])
-            CASES[_label] = (_name, {k: v for k, v in ACTIVE.items() if has(_config, k)} | _options)
+CASES = cases(ADDONS, ACTIVE)
 
 
 class Company(nn.Module):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import SMALL, TinyResNet, batch_of, config_of
+from small import SMALL, batch_of, config_of
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
@@ -27,14 +27,7 @@ from loaders import Batch, Loader
 from loaders.beton import Reader
 
 B, CPU, FIRST = 8, torch.device("cpu"), Progress(0, 2, 1)
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny network in place of every backbone."""
-    monkeypatch.setattr("fastssl.training.build.backbone", lambda *_, **__: (TinyResNet(), TinyResNet.width))
 
 
 def made(name: str = "simsiam", device: torch.device = CPU, images: int = B, **changes: object) -> tuple[Step, Batch]:
@@ -275,7 +268,6 @@ def test_the_advice_after_running_out_of_memory_works(
 
 
 @pytest.mark.gpu
-@NEEDS_CUDA
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_on_a_gpu_the_advice_is_right(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card that is made small: the batch does not fit, the micro-batch named does, and twice as many do not."""
@@ -306,7 +298,6 @@ def test_on_a_gpu_the_advice_is_right(checkpointing: bool, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-@NEEDS_CUDA
 def test_on_a_gpu_the_peak_is_the_allocators() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     step, batch = made(device=device, images=64, size=64)

@@ -14,8 +14,10 @@ import pytest
 import torch
 import torchvision
 import yaml
+from conftest import overwrite, write_beton
+from PIL import Image
 from safetensors.torch import load_file
-from small import SMALL, forbid_waiting
+from small import SMALL, forbid_waiting, losses
 
 from fastssl import methods
 from fastssl.config import schema as configs
@@ -31,10 +33,6 @@ FLAGS = [*SMALL, "--epochs", "2", "--log-every", "1"]
 
 def train(*arguments: object) -> int:
     return main([str(a) for a in arguments])
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {e["step"]: e["loss"] for e in logs.read_metrics(folder / logs.METRICS) if "loss" in e}
 
 
 def small_run(beton: Path, folder: Path, *more: object) -> int:
@@ -56,12 +54,13 @@ def test_a_run_folder_holds_what_is_promised(finished: Path) -> None:
     entries = logs.read_metrics(finished / logs.METRICS)
     steps = [e for e in entries if "loss" in e]
     assert [e["step"] for e in steps] == list(range(1, 13))
-    assert {"epoch", "loss", "lr", "feature_std", "images_per_s", "views_per_s", "wait_share", "seconds"} <= steps[
-        0
-    ].keys()
+    fields = {"epoch", "loss", "lr", "feature_std", "images_per_s", "views_per_s", "wait_share", "seconds"}
+    assert fields <= steps[0].keys()
     assert [e["epoch"] for e in entries if "knn" in e] == [0, 1, 2]
     assert all(0 <= e["knn"] <= e["knn_top5"] <= 100 for e in entries if "knn" in e)
     assert yaml.safe_load((finished / "config.yaml").read_text())["model"]["method"] == "fastsiam"
+    # Eight images in four views, 32 px shown three times as large.
+    assert Image.open(finished / "views.png").size == (4 * (96 + 4) + 4, 8 * (96 + 4) + 4)
 
 
 def test_weights_load_strictly_into_torchvision_and_timm(finished: Path) -> None:
@@ -93,13 +92,6 @@ def test_resume_keeps_the_number_of_threads(beton: Path, tmp_path: Path) -> None
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
 
 
-def test_the_view_grid_has_eight_images_and_k_views(finished: Path) -> None:
-    from PIL import Image
-
-    width, height = Image.open(finished / "views.png").size
-    assert (width, height) == (4 * (96 + 4) + 4, 8 * (96 + 4) + 4)  # 32 px shown three times as large
-
-
 def test_resume_gives_the_same_losses_to_the_last_bit(
     beton: Path, val_beton: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -119,14 +111,8 @@ def spawn(beton: Path, folder: Path, *more: object) -> subprocess.Popen:
     """A run in a process of its own, with as many threads as this one (losses depend on their number)."""
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "fastssl.train", "--data", beton, "--out", folder, *FLAGS, *more]
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, **pipes)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -189,7 +175,7 @@ def one_line(capsys: pytest.CaptureFixture, *arguments: object) -> str:
         (["--data", "DATA", "--backend", "dally", *FLAGS], "unknown backend 'dally'"),
         (["--data", "DATA", *FLAGS, "--size", "16"], "needs at least 32 px"),
         (["--data", "DATA", *FLAGS, "--batch-size", "64"], "use --batch-size 48 or less"),
-        (["--data", "DATA", *FLAGS, "--num-views", "1"], "use 2 or more"),
+        (["--data", "DATA", *FLAGS, "--num-views", "1"], "--num-views 1: at least 2"),
         (["--data", "DATA", *FLAGS, "--val", "/nowhere/v.beton"], "/nowhere/v.beton"),
         (["--data", "DATA", *FLAGS, "--epochs", "0"], "--epochs 0"),
         (["--data", "DATA", *FLAGS, "--crop-min", "1.5"], "--crop-min 1.5"),
@@ -214,17 +200,15 @@ def test_cuda_asked_for_and_absent(beton: Path, tmp_path: Path, capsys: pytest.C
     assert "no CUDA device" in one_line(capsys, "--data", beton, "--out", tmp_path / "run", *FLAGS, "--device", "cuda")
 
 
-def test_a_flag_that_does_not_exist_suggests_one(beton: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("flags", "words"), [("--epoch 3", "--epochs"), ("--method simsiam --num-views 4", "num-views")]
+)
+def test_flags_that_do_not_exist(flags: str, named: str, beton: Path, capsys: pytest.CaptureFixture) -> None:
+    """The nearest is named; options of another method are none."""
     with pytest.raises(SystemExit) as ended:
-        train("--data", beton, "--epoch", "3")
+        train("--data", beton, *flags.split())
     assert ended.value.code == 2
-    assert "--epochs" in capsys.readouterr().err
-
-
-def test_options_of_another_method_do_not_exist(beton: Path) -> None:
-    with pytest.raises(SystemExit) as ended:
-        train("--data", beton, "--method", "simsiam", "--num-views", "4")
-    assert ended.value.code == 2
+    assert named in capsys.readouterr().err
 
 
 def test_another_run_is_never_overwritten(
@@ -261,24 +245,11 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(
     beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    arguments = [
-        "--data",
-        beton,
-        "--out",
-        folder,
-        *FLAGS,
-        "--precision",
-        "fp32",
-        "--checkpoint-minutes",
-        "0.00001",
-    ]
-    assert train(*arguments, "--max-steps", "3") == 0
-    good = (folder / "checkpoint.pt").read_bytes()
+    assert small_run(beton, folder, "--precision", "fp32", "--checkpoint-minutes", "0.00001", "--max-steps", "3") == 0
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     state["method"]["predictor.3.bias"][:] = float("nan")
     torch.save(state, folder / "checkpoint.pt")
     poisoned = (folder / "checkpoint.pt").read_bytes()
-    assert poisoned != good
     error = one_line(capsys, "--out", folder, "--resume", "--max-steps", "12")
     assert "the loss is nan at step 4" in error and "last good checkpoint is kept" in error
     assert (folder / "checkpoint.pt").read_bytes() == poisoned  # not written again
@@ -287,16 +258,8 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(
 
 @pytest.mark.filterwarnings("ignore:replaced")
 def test_a_jpeg_that_breaks_while_training_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from conftest import write_beton
-
-    from loaders.beton import Reader
-
     data = write_beton(tmp_path / "data.beton", 16)
-    reader = Reader(data)
-    start, size = int(reader.pointer[5]), int(reader.size[5])
-    with open(data, "r+b") as file:
-        file.seek(start)
-        file.write(bytes(size))
+    overwrite(data, 5)
     arguments = ["--data", data, *FLAGS, "--epochs", "1", "--out"]
     error = one_line(capsys, *arguments, tmp_path / "a")
     assert "sample 5 of" in error and "--on-bad-sample skip" in error
@@ -304,37 +267,15 @@ def test_a_jpeg_that_breaks_while_training_is_named(tmp_path: Path, capsys: pyte
     assert "broken samples replaced" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------ configuration, help
-
-
-def test_config_survives_yaml(tmp_path: Path) -> None:
+def test_an_unknown_field_of_a_saved_configuration_is_named(tmp_path: Path) -> None:
     config = configs.typed_config("fastsiam")()
     config.run.out, config.data.data, config.method_options.num_views = Path("x/y"), "d.beton", 3
-    configs.save_yaml(config, tmp_path / "config.yaml")
-    assert configs.load_yaml(tmp_path / "config.yaml") == config
-    text = (tmp_path / "config.yaml").read_text().replace("epochs", "epoch")
-    (tmp_path / "config.yaml").write_text(text)
+    file = tmp_path / "config.yaml"
+    configs.save_yaml(config, file)
+    assert configs.load_yaml(file) == config
+    file.write_text(file.read_text().replace("epochs", "epoch"))
     with pytest.raises(ValueError, match=r"unknown field optim\.epoch, meant epochs"):
-        configs.load_yaml(tmp_path / "config.yaml")
-
-
-def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as ended:
-        train("--help")
-    assert ended.value.code == 0
-    text = capsys.readouterr().out
-    config = configs.to_dict(configs.typed_config("fastsiam")())
-    for group in ("data", "model", "method_options", "optim", "run"):
-        for name in config[group]:
-            assert "--" + name.replace("_", "-") in text
-
-
-def test_list_shows_every_preset_with_its_source(capsys: pytest.CaptureFixture) -> None:
-    from fastssl.config.presets import PRESETS
-
-    assert train("--list") == 0
-    text = capsys.readouterr().out
-    assert all(name in text for name in PRESETS)
+        configs.load_yaml(file)
 
 
 # ------------------------------------------------------------------ several processes
@@ -377,7 +318,6 @@ def test_two_processes_see_the_order_of_one(beton: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_run_on_a_gpu_learns_resumes_and_exports(
     beton: Path, val_beton: Path, tmp_path: Path, precision: str
@@ -396,7 +336,6 @@ def test_a_run_on_a_gpu_learns_resumes_and_exports(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(
     "options",
     [
@@ -456,8 +395,8 @@ def test_a_run_goes_on_with_the_backend_it_began_with(beton: Path, tmp_path: Pat
 
 def test_sizes_follow_their_schedule(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Equal shares of the epochs; a resumed run goes on with the size that was due, and the same losses."""
-    words = ["--data", str(beton), *FLAGS, "--epochs", "4", "--size", "32", "--size-schedule", "16:24:32"]
-    words += ["--backbone", "resnet18-cifar", "--log-every", "1"]
+    words = ["--epochs", "4", "--size", "32", "--size-schedule", "16:24:32", "--backbone", "resnet18-cifar"]
+    whole, parts, bad = (tmp_path / name for name in ("whole", "parts", "bad"))
     seen, step = [], Step.__call__
 
     def look(self: Step, batch: Batch, progress: Progress) -> object:
@@ -466,20 +405,16 @@ def test_sizes_follow_their_schedule(beton: Path, tmp_path: Path, capsys: pytest
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "__call__", look)
-        assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+        assert small_run(beton, whole, *words) == 0
     per_epoch = len(seen) // 4
     assert seen == [16] * 2 * per_epoch + [24] * per_epoch + [32] * per_epoch
-    assert main([*words, "--out", str(tmp_path / "parts"), "--max-steps", str(2 * per_epoch + 1)]) == 0
-    assert main(["--out", str(tmp_path / "parts"), "--resume", "--max-steps", str(4 * per_epoch)]) == 0
-    losses = [
-        [e["loss"] for e in logs.read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in e]
-        for name in ("whole", "parts")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 4 * per_epoch
-    for bad, why in (
+    assert small_run(beton, parts, *words, "--max-steps", 2 * per_epoch + 1) == 0
+    assert train("--out", parts, "--resume", "--max-steps", 4 * per_epoch) == 0
+    assert losses(whole) == losses(parts) and len(losses(whole)) == 4 * per_epoch
+    for schedule, why in (
         ("16:24", "the last one --size 32"),
         ("4:32", "8 px or more"),
         ("8:8:8:8:32", "an epoch for each"),
     ):
-        assert main([*words, "--size-schedule", bad, "--out", str(tmp_path / "bad")]) == 2
-        assert why in capsys.readouterr().err and not (tmp_path / "bad").exists()
+        assert small_run(beton, bad, *words, "--size-schedule", schedule) == 2
+        assert why in capsys.readouterr().err and not bad.exists()
