@@ -28,6 +28,7 @@ setup(
         "pillow>=10",  # image formats other than JPEG, when converting
         "bracex>=2.4",  # names of shards: part-{00..15}.beton
         "tyro>=0.9.28",  # command lines from typed dataclasses
+        "docstring-parser>=0.15",  # the help texts that tyro shows
         "rich>=13",
         "pyyaml>=6",
         "safetensors>=0.4",

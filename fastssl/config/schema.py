@@ -24,6 +24,7 @@ from fastssl.conditions import Condition, above, conditions, given, one_of, star
 from fastssl.methods.base import MethodOptions
 from loaders.checks import Options, above_zero, at_least, flag, need, share
 from loaders.errors import UserError
+from loaders.help_texts import flowing
 
 
 def _sizes(words: list[str]) -> tuple[int, ...]:
@@ -293,6 +294,8 @@ def typed_config(method: str) -> type[RunConfig]:
         "RunConfig", [("method_options", options, field(default_factory=options))], bases=(RunConfig,), kw_only=True
     )
     made.__doc__ = RunConfig.__doc__
+    for group in (Data, Model, options, Optim, Run):
+        flowing(group)
     return made
 
 
