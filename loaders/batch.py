@@ -40,7 +40,7 @@ class Slot:
     views: list[torch.Tensor]
     """Normalised, where they are made on the host; else none."""
     tiles: list[torch.Tensor] | None = None
-    """Their tiles, if the method asks for tiles."""
+    """Tiles of the views, if the method asks for tiles."""
     job: Job = field(init=False)
     """The batch while it is made; keeps a backend's own crops alive until the device has used them."""
     work: Pending = field(init=False)

@@ -1,4 +1,4 @@
-"""Add-ons that only make pair weights: guided stop-gradient and re-balanced multi-crop.
+"""Guided stop-gradient: weights that choose, for each image, which view predicts and which is the target.
 
 Legend: B images of this process, K views, T of them targets, M predictions, D features.
 """

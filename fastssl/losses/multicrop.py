@@ -23,7 +23,7 @@ class MultiCrop(Options):
     local_size: int = 96
     """Side of the small views, px."""
     local_scale: tuple[float, float] = (0.05, 0.14)
-    """Their share of the image's area, from and to."""
+    """Share of the image's area that small views show, from and to."""
     alpha: float | None = None
     """Weight of the global-global pairs against 1 - alpha for the global-local ones (SSLight: 0.4). None: all pairs
     count the same, which is 1/(1+L)."""

@@ -62,7 +62,7 @@ class PairSteps:
 
     @property
     def separable(self) -> bool:
-        """Whether the loss is a mean over images that meet in BatchNorm only."""
+        """True if the loss is a mean over images that meet in BatchNorm only."""
         return self.config.guided == "off" and self.config.patches != "montage"
 
     def target_views(self, batch: Batch) -> list[Tensor]:

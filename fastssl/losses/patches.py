@@ -64,7 +64,7 @@ class Patches(Options):
     extra_crops: int = 0
     """Further whole crops per image that predict all targets (Fast-MoCo's "multi-crop")."""
     extra_size: int | None = None
-    """Their side, px. None: --size."""
+    """Side of these further crops, px. None: --size."""
 
     READ_IF = {
         **dict.fromkeys(("divide", "combine"), other_than("patches", "off")),
@@ -144,7 +144,7 @@ class Patches(Options):
 
     @property
     def owned(self) -> bool:
-        """Whether every prediction is made from one of the target views."""
+        """True if every prediction is made from one of the target views."""
         return self.num_drawn == self.extra_crops == 0 and self.patches != "montage"
 
 
@@ -176,7 +176,7 @@ class Part(NamedTuple):
 
     x_VPBD: Tensor
     combines: bool
-    """Whether the tiles are to be combined."""
+    """True if the tiles are to be combined."""
     owner_V: list[Owner]
     """The target view that each view's predictions are made from; None: none of them."""
 

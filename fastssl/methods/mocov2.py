@@ -4,8 +4,8 @@ He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 
 et al., "Improved Baselines with Momentum Contrastive Learning", 2020. L = -log exp(q.k/T) / (exp(q.k/T) + sum_n
 exp(q.n/T)), n the queue. View 0 gives the key, all others give queries: with small views and alpha this is SSLight's.
 
-BatchNorm groups: each large view by itself, the small ones together; keys with the images dealt out anew over processes
-(and over --bn-splits parts of the batch).
+BatchNorm groups: each large view by itself, the small ones together; keys with the images shuffled over processes (and
+over the --bn-splits parts of the batch).
 
 Legend: B images, K views, T of them with keys, D projection channels.
 """
@@ -54,7 +54,7 @@ class Config(MultiCrop, Momentum, base.MethodOptions):
     symmetric: bool = False
     """Both large views give keys, and the directions are averaged (lightly's CIFAR benchmark)."""
     shuffle_bn: bool = True
-    """Compute keys with the images dealt out anew over the processes, so that BatchNorm tells nothing (section 3.3)."""
+    """Shuffle images over the processes for the keys, so that BatchNorm tells nothing (section 3.3)."""
     bn_splits: int = 1
     """Parts of a batch that BatchNorm normalises by themselves: one GPU needs them (MoCo's CIFAR demo: 8)."""
 

@@ -77,7 +77,7 @@ def all_views(head: nn.Module, x_KBD: Tensor) -> Tensor:
 
 
 def encode_shuffled(net: nn.Module, x: Tensor) -> Tensor:
-    """net(x) computed with the images of all processes dealt out anew, rows back in their places, without gradient.
+    """Compute net(x) with the images of all processes shuffled among them; rows return to their places, no gradient.
 
     BatchNorm then cannot tell a key by the company it is in (MoCo section 3.3). In one process only the order within
     the batch changes, which matters with `splits` in its BatchNorm groups.

@@ -1,4 +1,4 @@
-"""Heads, BatchNorm groups and the queue: what methods are built from besides a backbone.
+"""Projectors, predictors and prototypes: the heads that methods put on a backbone.
 
 Legend: B images of this process, K views, D features, N rows of all processes.
 """
