@@ -1,5 +1,6 @@
 # make demo   set up, convert generated images, train, evaluate, show: minutes on two CPU cores
 # make test   set up and run the tests (without those marked slow)
+# make lint   set up, check style and types
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,6 +33,8 @@ test-slow: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -28,6 +28,7 @@ setup(
         "pillow>=10",  # image formats other than JPEG, when converting
         "bracex>=2.4",  # names of shards: part-{00..15}.beton
         "tyro>=0.9.28",  # command lines from typed dataclasses
+        "docstring-parser>=0.15",  # the help texts that tyro shows
         "rich>=13",
         "pyyaml>=6",
         "safetensors>=0.4",
@@ -38,7 +39,7 @@ setup(
         "dali": ["nvidia-dali-cuda130"],
         # ffcv itself needs system libraries first: see tools/install_ffcv.sh.
         "ffcv": ["ffcv==1.0.2", "numba", "opencv-python-headless", "tqdm"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.6"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.15", "mypy>=1.16", "types-PyYAML"],
     },
     entry_points={
         "console_scripts": [
@@ -48,8 +49,16 @@ setup(
         ]
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Typing :: Typed",
     ],
 )

@@ -1,8 +1,8 @@
-"""Hours of training on ImageNet for known cards: the table of the README. Derived (planning/cards.py), nothing is run.
+"""Hours of training on ImageNet for known cards: the table of docs/cost.md. Derived (planning/cards.py), not run.
 
     python -m benchmarks.budget [PRESET [OPTIONS]]
 
-Without a preset: the recipes of the README. Hours are of the training steps alone, on a card that is kept fed. Memory
+Without a preset: the recipes of docs/cost.md. Hours are of the training steps alone, on a card that is kept fed. Memory
 is what the step has in use at once and the batches that wait on the card, without driver and work space.
 """
 

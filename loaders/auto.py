@@ -22,10 +22,14 @@ from pathlib import Path
 import torch
 
 from loaders import backends
+from loaders.augmenter import CropsOnly
 from loaders.backends import resident
 from loaders.beton import sidecar_path
 from loaders.dataset import Dataset
 from loaders.errors import UserError
+from loaders.order import Order
+from loaders.producer import Producer
+from loaders.stats import Stats
 from loaders.views import ViewSpec
 
 # ffcv is not among them: its crops differ visibly from everybody else's, so that taking it is a decision.
@@ -120,20 +124,14 @@ def measure(
 
     Raises UserError if it cannot run here or with this file. Broken samples are passed over.
     """
-    from loaders.loader import Loader  # which asks this module what to open
-
-    seconds = SECONDS if seconds is None else seconds
-    with Loader(
-        reader,
-        spec,
-        batch_size=batch_size,
-        device=device,
-        backend=name,
-        workers=workers,
-        on_bad_sample="skip",
-        augment=False,
-    ) as loader:
-        batches, images = loader.endless(), 0
+    seconds, stats = SECONDS if seconds is None else seconds, Stats()
+    backend = backends.load(name, device)(
+        reader, spec, batch_size=batch_size, device=device, workers=workers, stats=stats
+    )
+    crops = CropsOnly(spec=spec, batch_size=batch_size, device=device, dtype=torch.uint8, stats=stats)
+    order = Order(len(reader), batch_size=batch_size)
+    with contextlib.closing(Producer(order, backend, crops, num_slots=4, on_bad_sample="skip")) as producer:
+        batches, images = producer.endless(), 0
         next(batches)
         started, cpu = time.perf_counter(), time.process_time()
         while time.perf_counter() - started < seconds or not images:

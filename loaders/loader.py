@@ -10,7 +10,6 @@ A batch is valid until the next one is asked for, because its memory is used aga
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -158,12 +157,11 @@ class Loader:
         One epoch at a time: a call for another epoch ends the one before. `ahead` says that the next call will be for
         the epoch after this one, whose first batches are then made while the last ones of this epoch are in use.
         """
-        return self.producer.epoch(epoch, start_step, ahead=ahead and self.producer.order.kind != "sequential")
+        return self.producer.epoch(epoch, start_step, ahead=ahead)
 
     def endless(self) -> Generator[Batch, None, None]:
         """The batches of one epoch after another, without end."""
-        for epoch in itertools.count():
-            yield from self.epoch(epoch, ahead=True)
+        return self.producer.endless()
 
     @property
     def num_slots(self) -> int:

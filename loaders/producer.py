@@ -81,7 +81,7 @@ class Producer:
             self.stop()
             self._run = _Run(self.slots, epoch, start_step)
         run = self._run
-        run.ahead = ahead
+        run.ahead = ahead and self.order.kind != "sequential"
         if run.thread is None:
             run.thread = threading.Thread(target=self._work, args=(run,), name="producer", daemon=True)
             run.thread.start()
@@ -96,6 +96,11 @@ class Producer:
         finally:
             if run.next is None:  # left in mid-epoch, or no other epoch follows
                 run.stop()
+
+    def endless(self) -> Generator[Batch, None, None]:
+        """The batches of one epoch after another, without end."""
+        for epoch in itertools.count():
+            yield from self.epoch(epoch, 0, ahead=True)
 
     def _next_item(self, run: _Run) -> Slot | EpochEnd:
         start = time.perf_counter()

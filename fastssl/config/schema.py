@@ -24,6 +24,7 @@ from fastssl.conditions import Condition, above, conditions, given, one_of, star
 from fastssl.methods.base import MethodOptions
 from loaders.checks import Options, above_zero, at_least, flag, need, share
 from loaders.errors import UserError
+from loaders.help_texts import flowing
 
 
 def _sizes(words: list[str]) -> tuple[int, ...]:
@@ -63,6 +64,8 @@ class Data(Options):
     without blur."""
     crop_min: float | None = None
     """Smallest crop, share of the image's area. None: the recipe's."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Resampling of the crops. None: the recipe's."""
     blur: float | None = None
     """Probability of Gaussian blur, sigma 0.1-2 px. None: the recipe's (0.5; 0 for cifar)."""
     batch_size: int = 32
@@ -165,6 +168,8 @@ class Optim(Options):
     """Learning rate at the end of the cosine, which is not scaled with the batch (SwAV, SSLight: .0048)."""
     clip_norm: float | None = None
     """Largest norm of the gradient of all parameters together (Fast-MoCo: 1). None: not clipped."""
+    clip_each_norm: float | None = None
+    """Largest norm of the gradient of each parameter by itself (DINO's --clip_grad: 3). None: not clipped."""
 
     READ_IF = {
         "momentum": one_of("optimizer", "sgd", "lars"),
@@ -175,7 +180,7 @@ class Optim(Options):
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         at_least(self, 1, "epochs")
-        above_zero(self, "lr", "trust_coefficient", "clip_norm")
+        above_zero(self, "lr", "trust_coefficient", "clip_norm", "clip_each_norm")
         at_least(self, 0, "lr_batch_size", "weight_decay", "weight_decay_end", "min_lr")
         need(0 <= self.momentum < 1, f"--momentum {self.momentum}: in [0, 1)")
         share(self, "warmup_start")
@@ -289,6 +294,8 @@ def typed_config(method: str) -> type[RunConfig]:
         "RunConfig", [("method_options", options, field(default_factory=options))], bases=(RunConfig,), kw_only=True
     )
     made.__doc__ = RunConfig.__doc__
+    for group in (Data, Model, options, Optim, Run):
+        flowing(group)
     return made
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +45,13 @@ def pair_loss(
     `distance(p_mBD, t_j)` gives [m, B] for some of the predictions and one target. `w` is [M][T] numbers, where pairs
     of weight 0 are not computed, or a tensor [M, T, B] with weights of each image. The caller detaches the targets.
     """
-    total: Tensor | float = 0.0
+    terms: list[Tensor] = []
     for j, t_j in enumerate(t):
         if isinstance(w, Tensor):
-            total = total + (w[:, j] * distance(p_MBD, t_j)).sum(0)
+            terms.append((w[:, j] * distance(p_MBD, t_j)).sum(0))
         else:
-            for rows, weight in _runs([row[j] for row in w]):
-                total = total + weight * distance(p_MBD[rows], t_j).sum(0)
-    return total.mean()
+            terms += [weight * distance(p_MBD[rows], t_j).sum(0) for rows, weight in _runs([row[j] for row in w])]
+    return functools.reduce(torch.add, terms).mean()
 
 
 def _runs(column: Sequence[float]) -> Iterator[tuple[slice, float]]:
@@ -89,7 +89,7 @@ def _fp32(function: Callable) -> Callable:
     """Half precision has three digits near 1, where cosines live: reductions run in fp32 under autocast too."""
 
     @functools.wraps(function)
-    def run(p: Tensor, *rest, **options):
+    def run(p: Tensor, *rest: Any, **options: Any) -> Tensor:
         if not torch.amp.is_autocast_available(p.device.type):  # the meta device, on which costs are counted
             return function(p, *rest, **options)
         with torch.autocast(p.device.type, enabled=False):
@@ -174,7 +174,7 @@ def _constant(function: Callable) -> Callable:
     known: dict[tuple, object] = {}
 
     @functools.wraps(function)
-    def run(*args):
+    def run(*args: Any) -> Any:
         if args in known:
             return known[args]
         made = function(*args)
@@ -235,7 +235,9 @@ def combine(h_PBD: Tensor, m: int, num: int | None = None, *, by: str = "mean", 
     if by == "max":
         return torch.stack([torch.stack([h_PBD[i] for i in tiles]).amax(0) for tiles in chosen])
     if by == "beta" and m > 1:
-        share = torch.full((len(chosen), B), float(weight), device=h_PBD.device)
+        if weight is None:
+            raise ValueError('combine(by="beta") needs the parameter of the Beta distribution as its weight')
+        share = torch.full((len(chosen), B), weight, device=h_PBD.device)
         share_CB = torch.distributions.Beta(share, share, validate_args=False).sample()  # checks would wait for the GPU
         first_CP, rest_CP = (_matrix(P, chosen, one, h_PBD.device) for one in (1.0, 0.0))
         a_CPB = share_CB[:, None] * first_CP[..., None] + (1 - share_CB[:, None]) * rest_CP[..., None]

@@ -227,12 +227,13 @@ def encode_patches(f: nn.Module, batch: Batch, options: Patches) -> Patched:
     n, views = options.divide, options.target_views(batch.views)
     drawn = batch.views[len(views) :]
     crops, extra = drawn[: options.num_drawn], drawn[options.num_drawn :]
-    every, nobody = [*range(len(views))], [None]
+    every: list[Owner] = [*range(len(views))]
+    nobody: list[Owner] = [None]
 
     def whole(crops: Sequence[Tensor]) -> Tensor:
         return encode(f, crops)[:, None]
 
-    parts = []
+    parts: list[Part] = []
     if options.patches == "off":
         parts.append(Part(whole(views), False, every))
     elif options.patches == "divide-encode-combine":

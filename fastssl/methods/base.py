@@ -44,13 +44,9 @@ class Method(nn.Module):
     separable = False
     """The loss is a mean over images that meet in BatchNorm only, so that gradients of parts of a batch add up."""
 
-    target_backbone: nn.Module | None
-    """The momentum copy of the backbone, in methods that have one."""
-
     def __init__(self, backbone: nn.Module, output_width: int):
         super().__init__()
         self.backbone = backbone
-        self.target_backbone = None
         self.output_width = output_width
         """Channels of the outputs whose std is logged as `feature_std`."""
 
@@ -72,8 +68,8 @@ class Method(nn.Module):
         return 1 / math.sqrt(self.output_width)
 
     def image_networks(self) -> list[nn.Module]:
-        """Networks that see images: the backbone and its momentum copy."""
-        return [net for net in (self.backbone, self.target_backbone) if net is not None]
+        """Networks that see images: `backbone` and, in methods with momentum targets, its copy `target_backbone`."""
+        return [net for name, net in self.named_children() if name in ("backbone", "target_backbone")]
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups {"params": [...], "fixed_lr": bool} for the optimiser; fixed_lr keeps the initial rate."""

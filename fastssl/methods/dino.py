@@ -86,6 +86,11 @@ class Config(MultiCrop, Momentum, base.MethodOptions):
 class Method(base.Method):
     """Student and teacher, the centre and the loss."""
 
+    center: Tensor
+    off_center: Tensor
+    num_parts: Tensor
+    teacher_temperature: Tensor
+
     separable = True  # the centre is of the steps before
 
     def __init__(self, backbone: nn.Module, width: int, config: Config):

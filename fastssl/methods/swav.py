@@ -12,7 +12,7 @@ Legend: B images of this process, K views, D projection channels, P prototypes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ class Method(base.Method):
     def features(self, batch: Batch) -> tuple[Tensor]:
         """f of all views."""
         if self.queues and self.steps_filling >= 0:
-            full = self.steps_filling * len(batch.views[0]) * processes.size() >= len(self.queues[0].rows)
+            full = self.steps_filling * len(batch.views[0]) * processes.size() >= self.config.queue_size
             self.queue_state = "serves" if full else "fills"
         return (encode_together(self.backbone, batch.views),)
 
@@ -105,7 +105,7 @@ class Method(base.Method):
         """q_BP of large view i: balanced over the batch and, when it is full, over the queue before it."""
         config, rows = self.config, scores_BP
         if self.queue_state != "waits":
-            queue = self.queues[i]
+            queue = cast(Queue, self.queues[i])
             if self.queue_state == "serves":
                 own = queue.rows[processes.rank() :: processes.size()]  # a share for each process
                 rows = torch.cat([self.prototypes(own), rows])

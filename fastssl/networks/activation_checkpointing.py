@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def checkpoint_activations(net: nn.Module, name: str) -> None:
     need_batch_norm_groups(net, "--activation-checkpointing")
     for block in blocks:
         group_batch_norm(block)
-        block.__class__ = _checkpointed(type(block))
+        block.__class__ = _checkpointed(type(block))  # type: ignore[arg-type]  # classes are hashable
 
 
 def _size(module: nn.Module) -> int:
@@ -59,13 +60,14 @@ def _checkpointed(block: type[nn.Module]) -> type[nn.Module]:
     """The class `block` with activations computed twice. A subclass, since names in state dicts stay and copies of a
     module work, which would call the original's `forward` if that were replaced."""
 
-    def forward(self: nn.Module, *args: object, **kwargs: object) -> Tensor:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
             return block.forward(self, *args, **kwargs)
-        options: dict[str, object] = {"use_reentrant": False}
-        if not torch.compiler.is_compiling():  # a compiler recomputes values only, never what a pass leaves behind
+        # A compiler recomputes values only, never what a pass leaves behind.
+        options: dict[str, Any] = {}
+        if not torch.compiler.is_compiling():
             options["context_fn"] = functools.partial(_contexts, self)
-        return checkpoint(functools.partial(block.forward, self), *args, **options, **kwargs)
+        return checkpoint(functools.partial(block.forward, self), *args, use_reentrant=False, **options, **kwargs)
 
     return type(block.__name__, (block,), {"forward": forward, "__module__": block.__module__})
 

@@ -6,6 +6,7 @@ Legend: B images, S side of an image in px, D features, H x W positions of a fea
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def _resnet(name: str, zero_init_residual: bool) -> nn.Module:
     return net
 
 
-def _timm(name: str, model: str, size: int, **options: object) -> nn.Module:
+def _timm(name: str, model: str, size: int, **options: Any) -> nn.Module:
     """A model of timm without classifier, with those of the options that it knows."""
     import timm  # slow to import: only who asks for it pays
 
@@ -149,8 +150,9 @@ def feature_map(net: nn.Module, x: Tensor) -> Tensor:
         return net.layer4(net.layer3(net.layer2(net.layer1(x))))
     if isinstance(net, MobileNetV2):
         return net.features(x)
-    if hasattr(net, "forward_features") and not _computes_after_pooling(net):
-        x = net.forward_features(x)
+    forward = getattr(net, "forward_features", None)  # of timm's models
+    if forward is not None and not _computes_after_pooling(net):
+        x = forward(x)
         # Some (Swin) have the channels last.
         if isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] == net.num_features:
             return x

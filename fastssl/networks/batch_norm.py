@@ -6,6 +6,7 @@ The rows of a pass are [V, P, B]: V views, P parts of each view (tiles, combinat
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -171,7 +172,8 @@ def ungroup_batch_norm(module: Module) -> Module:
     """Make every grouped BatchNorm in `module` the plain one that it was (2-D), and return `module`."""
     for m in module.modules():
         if isinstance(m, GroupedBatchNorm):
-            m.__class__ = next(kind for kind in type(m).__mro__ if not issubclass(kind, GroupedBatchNorm))
+            plain = next(kind for kind in type(m).__mro__ if not issubclass(kind, GroupedBatchNorm))
+            m.__class__ = plain  # type: ignore[assignment]
     return module
 
 
@@ -180,12 +182,21 @@ def running_norms(net: nn.Module) -> list[_BatchNorm]:
     return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
-def _grouped(kind: type[nn.Module]) -> type[GroupedBatchNorm] | None:
+def _grouped(kind: type) -> type[GroupedBatchNorm] | None:
     """The class that does in groups what `kind` does; None if there is none."""
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
         return GroupedBatchNorm
     if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
-        from fastssl.networks.batch_norm_act import GroupedBatchNormAct
-
-        return GroupedBatchNormAct
+        return _with_activation(kind)  # type: ignore[arg-type]  # classes are hashable
     return None
+
+
+@functools.cache
+def _with_activation(kind: type[Any]) -> type[GroupedBatchNorm]:
+    """`GroupedBatchNorm`, then dropping and activation as in `kind`: timm's BatchNormAct2d, not named in an import here
+    because timm takes a second to import."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.act(self.drop(self._normalise(x))) if self.training else kind.forward(self, x)
+
+    return type("GroupedBatchNormAct", (GroupedBatchNorm, kind), {"forward": forward})

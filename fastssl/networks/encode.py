@@ -15,6 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastssl import processes
 from fastssl.networks.batch_norm import GroupedBatchNorm, batch_norm_groups
 
+MICRO_BATCHES = "micro_batches"
+"""Attribute of a network whose passes are made in parts (`networks.micro_batch`)."""
+
 
 def in_groups(
     net: nn.Module, x: Tensor | Sequence[Tensor], views: int, parts: int = 1, call: Callable | None = None
@@ -35,7 +38,7 @@ def in_groups(
         with batch_norm_groups(net, views=views, parts=parts):
             return call(x)
 
-    micro = getattr(net, "micro_batches", None)
+    micro = getattr(net, MICRO_BATCHES, None)
     if micro is not None and net.training and sum(map(len, pieces)) > views * parts * micro.images:
         return micro(net, forward, pieces, views * parts)
     return forward(joined(pieces))
@@ -43,7 +46,7 @@ def in_groups(
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
     """torch.cat, but a single tensor as it is."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def encode(net: nn.Module, views: Sequence[Tensor]) -> Tensor:
@@ -58,10 +61,8 @@ def encode_together(net: nn.Module, views: Sequence[Tensor]) -> Tensor:
 
 
 def _encode(net: nn.Module, views: Sequence[Tensor], layout: Callable[[int], tuple[int, int]]) -> Tensor:
-    features = []
-    for _, alike in itertools.groupby(views, key=lambda x: x.shape):
-        alike = list(alike)
-        features.append(in_groups(net, alike, *layout(len(alike))))
+    groups = (list(alike) for _, alike in itertools.groupby(views, key=lambda x: x.shape))
+    features = [in_groups(net, alike, *layout(len(alike))) for alike in groups]
     return torch.cat(features).unflatten(0, (len(views), -1))
 
 

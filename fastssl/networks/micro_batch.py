@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.networks.batch_norm import batch_norm_groups, group_batch_norm, need_batch_norm_groups
-from fastssl.networks.encode import joined
+from fastssl.networks.encode import MICRO_BATCHES, joined
 from loaders import Batch
 
 
@@ -84,7 +84,7 @@ def use_micro_batches(method: nn.Module, networks: Iterable[nn.Module], images: 
     group_batch_norm(method, images=images)
     micro = MicroBatches(images)
     for net in networks:
-        net.micro_batches = micro
+        setattr(net, MICRO_BATCHES, micro)
     return micro
 
 

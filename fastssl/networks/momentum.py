@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.progress import Progress
 from loaders.checks import Options, share
@@ -49,8 +49,8 @@ def momentum_copy(module: nn.Module, init: str = "copy") -> nn.Module:
     """
     made = copy.deepcopy(module).requires_grad_(False)
     for part in made.modules():
-        if hasattr(part, "drop_prob"):
-            part.drop_prob = 0.0
+        if hasattr(part, "drop_prob"):  # timm's and torchvision's layers of stochastic depth have it
+            setattr(part, "drop_prob", 0.0)  # noqa: B010 (Module declares tensors and modules only)
     if init == "independent":
         for p in made.parameters():
             p.copy_(p.flatten()[torch.randperm(p.numel(), device=p.device)].view_as(p))
@@ -63,7 +63,8 @@ def ema_update(pairs: Iterable[tuple[nn.Module, nn.Module]], m: float) -> None:
 
     m = 0 copies, m = 1 freezes, both exactly.
     """
-    targets, networks = [], []
+    targets: list[Tensor] = []
+    networks: list[Tensor] = []
     for target, network in pairs:
         targets += target.parameters()
         networks += network.parameters()

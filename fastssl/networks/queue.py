@@ -16,6 +16,9 @@ class Queue(nn.Module):
     Its state is in the checkpoint. Writing wraps around, and no index is read back from the device.
     """
 
+    rows: Tensor
+    next: Tensor
+
     def __init__(self, size: int, dim: int):
         super().__init__()
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))

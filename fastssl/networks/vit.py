@@ -20,6 +20,9 @@ class DinoViT(VisionTransformer):
     and moves where the cubic kernel reads.
     """
 
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter
+
     def _pos_embed(self, x: Tensor) -> Tensor:
         """[B, H, W, D] patches to [B, 1 + H W, D] tokens, class token first, with their positions."""
         height, width = x.shape[1:3]
@@ -38,8 +41,9 @@ def resized_positions(positions_1ND: Tensor, grid: tuple[int, int], new: tuple[i
     return torch.cat([of_class, image_1DHW.flatten(2).mT.to(of_class.dtype)], 1)
 
 
-def like_dino(net: VisionTransformer) -> VisionTransformer:
+def like_dino(net: nn.Module) -> DinoViT:
     """Make timm's ViT a `DinoViT`; the class token starts from a truncated normal of std 0.02 (timm: normal, 1e-6)."""
     net.__class__ = DinoViT
+    assert isinstance(net, DinoViT)
     nn.init.trunc_normal_(net.cls_token, std=0.02)
     return net

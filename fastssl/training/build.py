@@ -125,6 +125,8 @@ def make_views(config: RunConfig, size: int | None = None) -> ViewSpec:
         changes: dict[str, Any] = {}
         if data.crop_min is not None:
             changes["scale"] = (data.crop_min, 1.0)
+        if data.interpolation is not None:
+            changes["interpolation"] = data.interpolation
         if data.blur is not None:
             changes["blur_p"] = data.blur
         return dataclasses.replace(spec, views=tuple(dataclasses.replace(v, **changes) for v in spec.views))

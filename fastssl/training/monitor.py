@@ -11,8 +11,7 @@ from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract
 from fastssl.evaluate.recalibrate import recalibrated
 from fastssl.training.build import Setup
-from loaders.beton import Reader
-from loaders.dataset import Readers
+from loaders.dataset import Dataset
 
 
 class Monitor:
@@ -44,9 +43,7 @@ class Monitor:
         (result,) = knn.accuracy(bank, self.features(backbone, self.setup.val_reader), self.settings).values()
         return result
 
-    def features(
-        self, backbone: nn.Module, reader: Reader | Readers, limit: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def features(self, backbone: nn.Module, reader: Dataset, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Features and labels of a file's images, of at most `limit` of them."""
         size, device, dtype = self.setup.config.data.size, self.setup.device, self.setup.precision.dtype
         return extract(backbone, reader, size=size, device=device, amp_dtype=dtype, limit=limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -140,3 +141,14 @@ def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> N
     for group in optimizer.param_groups:
         if group["decay"]:
             group["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_each_norm(parameters: Iterable[Tensor], limit: float) -> None:
+    """Shorten each parameter's gradient g that is longer than `limit`: g <- g limit / (|g| + 1e-6) (DINO's code)."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    factors = torch._foreach_add(torch._foreach_norm(grads), 1e-6)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, limit)
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_(grads, factors)

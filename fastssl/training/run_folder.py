@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import fastssl
 from fastssl import export
 from fastssl.config import schema as configs
 from fastssl.config.schema import RunConfig
@@ -14,9 +13,8 @@ from fastssl.training import checkpoint
 from fastssl.training import log as logs
 from fastssl.training.build import Setup
 from fastssl.training.monitor import Monitor
-from loaders import Loader, ViewSpec
-from loaders.beton import Reader
-from loaders.dataset import Readers
+from loaders import Loader, ViewSpec, __version__
+from loaders.dataset import Dataset
 from loaders.errors import UserError
 
 CONFIG, VIEWS, CURVES = "config.yaml", "views.png", "curves.png"
@@ -35,7 +33,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"--out {folder} holds a run: continue it with --resume, replace it with --overwrite")
 
 
-def begin(folder: Path, config: RunConfig, reader: Reader | Readers, spec: ViewSpec) -> None:
+def begin(folder: Path, config: RunConfig, reader: Dataset, spec: ViewSpec) -> None:
     """Make the folder of a new run, with its configuration and a picture of its views. A resumed run has one."""
     folder.mkdir(parents=True, exist_ok=True)
     if config.run.resume:
@@ -55,7 +53,7 @@ def save_weights(folder: Path, setup: Setup, monitor: Monitor) -> None:
     """Write the backbone's weights and, with --recalibrate-bn, a second file with recalibrated BatchNorm statistics."""
     config = setup.config
     about: dict[str, object] = {
-        "program": f"fastssl {fastssl.__version__}",
+        "program": f"fastssl {__version__}",
         "backbone": config.model.backbone,
         "size": config.data.size,
         "config": configs.to_dict(config),

@@ -22,7 +22,15 @@ from fastssl.methods.base import Method, Metrics
 from fastssl.networks.micro_batch import MicroBatches, slices, use_micro_batches
 from fastssl.processes import World
 from fastssl.progress import Progress
-from fastssl.training.optimizers import lr_at, make_optimizer, scaled_lr, set_lr, set_weight_decay, weight_decay_at
+from fastssl.training.optimizers import (
+    clip_each_norm,
+    lr_at,
+    make_optimizer,
+    scaled_lr,
+    set_lr,
+    set_weight_decay,
+    weight_decay_at,
+)
 from loaders import Batch
 from loaders.errors import UserError
 
@@ -60,16 +68,24 @@ class Step:
         self._set_schedules(progress)
         self.method.before_step(progress)
         loss, metrics = self._forward_backward(batch)
-        clip_norm = self.config.optim.clip_norm
-        if clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.method.parameters(), clip_norm)  # does not wait for the device
+        self._clip()
         self.method.after_backward(progress)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(progress)
         return loss, metrics
+
+    def _clip(self) -> None:
+        """Clip the gradients, together or each; nothing here waits for the device."""
+        optim = self.config.optim
+        if optim.clip_norm is None and optim.clip_each_norm is None:
+            return
+        self.scaler.unscale_(self.optimizer)
+        if optim.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.method.parameters(), optim.clip_norm)
+        if optim.clip_each_norm is not None:
+            clip_each_norm(self.method.parameters(), optim.clip_each_norm)
 
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Compute the gradients of the batch's loss, the mean over all processes. Returns the loss and the metrics."""

@@ -19,7 +19,7 @@ import torch
 
 from loaders.backends import cpu
 from loaders.beton import MODE_JPEG, Sample
-from loaders.convert.images import jpeg_head
+from loaders.jpeg import jpeg_head
 
 
 def _imdecode() -> Callable[..., int]:

@@ -40,6 +40,7 @@ from loaders.convert.images import MAX_JPEG_SIDE, BadImage, Stored, store
 from loaders.convert.sources import Source, open_source
 from loaders.draw import permutation
 from loaders.errors import UserError
+from loaders.help_texts import flowing
 from loaders.machine import usable_cores
 
 if TYPE_CHECKING:  # rich is imported where something is shown: `--help` does without
@@ -541,7 +542,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     out: Path | None = None
     try:
-        config = tyro.cli(ConvertOptions, prog="fastssl-convert", args=argv)
+        config = tyro.cli(flowing(ConvertOptions), prog="fastssl-convert", args=argv)
         out = config.out
         with _terminable():
             _run(config)

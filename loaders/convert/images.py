@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from loaders import jpeg
 from loaders.beton import MODE_JPEG, MODE_RAW
+from loaders.jpeg import JpegHead, jpeg_head
 
-__all__ = ["BadImage", "Stored", "is_image", "jpeg_head", "store"]
+__all__ = ["BadImage", "Stored", "is_image", "store"]
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
@@ -38,8 +38,6 @@ LOSSLESS_QUALITY = 95  # with 4:4:4 chroma, for larger ones
 DRAFT = 2
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
-_SEGMENT = struct.Struct(">HH")  # marker, length
-_FRAME = struct.Struct(">BHHB")  # precision, height, width, components
 
 
 class BadImage(ValueError):
@@ -54,71 +52,6 @@ class Stored(NamedTuple):
     width: int
     mode: int
     how: str
-
-
-class JpegHead(NamedTuple):
-    """Content of the markers before the first scan. `sof`: the frame's marker (0xC0 baseline ... 0xCF)."""
-
-    height: int
-    width: int
-    components: int
-    precision: int
-    sof: int
-    orientation: int
-
-    @property
-    def plain(self) -> bool:
-        """True if every reader decodes it to upright RGB: 8 bit, gray or three colours, Huffman-coded, not turned."""
-        return (
-            self.precision == 8
-            and self.components in (1, 3)
-            and self.sof in (0xC0, 0xC1, 0xC2)
-            and self.orientation == 1
-            and self.height > 0
-            and self.width > 0
-        )
-
-
-def jpeg_head(data: bytes | memoryview) -> JpegHead | None:
-    """Read the markers of a JPEG up to its first scan; None where they make no sense. Costs 2 microseconds."""
-    frame, orientation, at = None, 1, 2
-    try:
-        while True:
-            marker, length = _SEGMENT.unpack_from(data, at)
-            if marker == 0xFFDA:  # start of scan
-                return JpegHead(*frame, orientation) if frame else None
-            if marker == 0xFFFF:  # fill byte
-                at += 1
-            elif marker == 0xFF01 or 0xFFD0 <= marker <= 0xFFD8:  # no payload
-                at += 2
-            elif marker <= 0xFF00 or marker == 0xFFD9 or length < 2:
-                return None
-            else:
-                if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC) and frame is None:
-                    precision, height, width, components = _FRAME.unpack_from(data, at + 4)
-                    frame = (height, width, components, precision, marker & 0xFF)
-                elif marker == 0xFFE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-                    orientation = _orientation(bytes(data[at + 10 : at + 2 + length]))
-                at += 2 + length
-    except struct.error:  # beyond the end
-        return None
-
-
-def _orientation(tiff: bytes) -> int:
-    """EXIF tag 0x0112 of the first directory, 1 (upright) where there is none."""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
-        return 1
-    try:
-        (at,) = struct.unpack_from(order + "I", tiff, 4)
-        (num,) = struct.unpack_from(order + "H", tiff, at)
-        for i in range(num):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, at + 2 + 12 * i)
-            if tag == 0x0112:
-                return value if kind == 3 and 1 <= value <= 8 else 1
-    except struct.error:
-        pass
-    return 1
 
 
 def is_image(head: bytes) -> bool:

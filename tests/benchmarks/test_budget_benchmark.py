@@ -1,4 +1,4 @@
-"""Hours on known cards: what they are counted from, and that the README has the same."""
+"""Hours on known cards: what they are counted from, and that the pages have the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from fastssl.config.command_line import parse
 from fastssl.planning.cards import EFFICIENCY, card
 from fastssl.planning.cost import StepCost
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README, PAGE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/cost.md"))
 # 1 ms per image.
 MOVING = StepCost(flops=1, bytes=EFFICIENCY * card("RTX 3090").bandwidth / 1000, peak=4e9, operations=1)
 
@@ -37,13 +38,18 @@ def test_batches_do_not_wait_on_the_card_beside_micro_batches() -> None:
     assert memory(config("--micro-batch", "8"), {224: MOVING}) == 4e9
 
 
-def test_the_first_row_of_the_readme() -> None:
-    assert row(RECIPES[0]) in README
+def test_the_first_row_of_the_page() -> None:
+    assert row(RECIPES[0]) in PAGE
+
+
+def test_the_rows_of_the_readme_are_those_of_the_page() -> None:
+    rows = [line for line in README.splitlines() if line.endswith(" derived |")]
+    assert rows and all(line in PAGE for line in rows)
 
 
 @pytest.mark.slow
-def test_the_whole_table_of_the_readme() -> None:
-    assert "\n".join(table()) in README
+def test_the_whole_table_of_the_page() -> None:
+    assert "\n".join(table()) in PAGE
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,8 @@ PRESETS = (
         no_decay="1d",
         schedule="step",
         warmup_epochs=10.0,
-        clip_norm=3.0,
+        clip_each_norm=3.0,
+        projector_bn=False,
         sync_bn=True,
         notes="Rate, warm-up, clipping and what decays are lightly's. Ours, after the code's defaults: 64 images per "
         "GPU, 8 small crops, the last rate, BatchNorm synchronised, residual branches not started at zero.",

@@ -49,7 +49,7 @@ PRESETS = (
         },
         notes="Ablations of 20 epochs have 1.5 times the rate: --epochs 20 --lr 0.15. In the code targets start from "
         "weights of their own, the heads' BatchNorms from scales in (0, 1): --target-init independent --norm-init "
-        "uniform.",
+        "uniform. After warm-up its cosine is one step ahead of the one here.",
     ),
     preset("fastmoco-imagenet-200ep", "Fast-MoCo 3.2, code", "linear 75.1 %", FASTMOCO),
     preset("fastmoco-imagenet-400ep", "Fast-MoCo 3.2, code", "linear 75.5 %", FASTMOCO),

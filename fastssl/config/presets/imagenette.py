@@ -36,7 +36,7 @@ PRESETS = (
     preset("simsiam-imagenette-24ep", "ours, benchmarks/records", "kNN 50.6 %, with as many view passes", _IMAGENETTE),
     _short("simsiam-imagenette-4ep", "37.6"),
     _short("fastsiam-imagenette-2ep", "35.7"),
-    _short("byol-imagenette-4ep", "34.6", _EMA, lr=0.06),
+    _short("byol-imagenette-4ep", "34.6", _EMA, lr=0.06, projector_bias="all", predictor_bias="all"),
     # At FastSiam's rate keys collapse while the queue still holds the random rows of its start.
     _short("mocov2-imagenette-4ep", "34.8", _EMA, lr=0.015, symmetric=True, queue_size=4096, bn_splits=4),
     _short("mocov3-imagenette-4ep", "43.9", _EMA, lr=0.06, temperature=0.2),

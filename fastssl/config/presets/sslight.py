@@ -45,11 +45,13 @@ _DINO_VIT = {
     "prototypes": 65536,
     "projector_bn": False,
     "train_last_norm": True,
+    "decay_last_norm": True,
     "teacher_temperature": 0.07,
     "teacher_warmup_epochs": 30,
 }
 _MOCO = _CNN | {"recipe": "byol", "projector_hidden": 2048, "projector_init": "vit"}
 _SWAV = _CNN | {"recipe": "swav", "lr": 0.3, "warmup_start": 0.0625, "projector_hidden": 4096, "queue_size": 3072}
+_SWAV |= {"projector_init": "normal"}
 
 _UNCONFIGURED = "The code has no configuration for this network: ours is that of its like. "
 

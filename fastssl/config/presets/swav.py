@@ -11,6 +11,7 @@ from fastssl.config.recipe import preset
 CNN_CROPS = {"crop_min": 0.14, "local_scale": (0.05, 0.14), "local_size": 96, "num_local": 6, "alpha": None}
 _SWAV = CNN_CROPS | {
     "recipe": "swav",
+    "interpolation": "bilinear",
     "zero_init_residual": False,
     "optimizer": "lars",
     "weight_decay": 1e-6,
@@ -28,7 +29,10 @@ _BATCH_4096 = {
     "warmup_epochs": 10.0,
     "warmup_start": 0.0625,
 }
-_OURS = "Crops are cut bicubic, in SwAV's code bilinear. Ours: synchronised BatchNorm."
+_OURS = (
+    "Prototypes are frozen for an epoch, in the code for 313 steps of 4096 images or 5005 of 256: one more. Ours: "
+    "synchronised BatchNorm."
+)
 
 PRESETS = tuple(
     preset(f"swav-{variant}imagenet-{epochs}ep", "SwAV, code", f"linear {linear} %", _SWAV, batch, notes=_OURS)

@@ -1,4 +1,4 @@
-"""The README's example of a new method: one file that is found, explained, trained and resumed like any other."""
+"""The example in docs/adding-a-method.md: one file that is found, explained, trained and resumed like any other."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its name: the file lies in a folder of the test's that counts as part of fastssl/methods."""
-    section = re.search(r"^#+ Adding a method\n(.*?)(?=^#+ |\Z)", (ROOT / "README.md").read_text("utf-8"), re.S | re.M)
-    assert section, "README.md has no section 'Adding a method'"
-    code = re.search(r"^```python\n(.*?)^```", section[1], re.S | re.M)[1]
-    name = re.search(r"`fastssl/methods/(\w+)\.py`", section[1])[1]
+    page = (ROOT / "docs" / "adding-a-method.md").read_text("utf-8")
+    code = re.search(r"^```python\n(.*?)^```", page, re.S | re.M)[1]
+    name = re.search(r"`fastssl/methods/(\w+)\.py`", page)[1]
     assert name not in methods.available()
     folder = tmp_path_factory.mktemp("methods")
     (folder / f"{name}.py").write_text(code, encoding="utf-8")

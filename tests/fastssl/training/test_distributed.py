@@ -61,7 +61,7 @@ def steps_of(config: RunConfig, method: Method, batch: Batch) -> list[dict]:
     world = processes.World(processes.rank(), processes.size())
     step = Step(config, method, CPU, pick_precision("fp32", CPU), world)
     share = slice(world.rank * IMAGES // world.size, (world.rank + 1) * IMAGES // world.size)
-    seen, hook = [], method.after_backward
+    seen, hook, dtype = [], method.after_backward, next(method.parameters()).dtype
 
     def look(progress: Progress) -> None:
         seen.append({"grads": {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}})
@@ -69,7 +69,8 @@ def steps_of(config: RunConfig, method: Method, batch: Batch) -> list[dict]:
 
     method.after_backward = look
     for i in range(STEPS):
-        views = [(v.roll(i, 0) + i * v.roll(1, 3))[share] for v in batch.views]  # other images at every step
+        # Other images at every step.
+        views = [(v.roll(i, 0) + i * v.roll(1, 3))[share].to(dtype) for v in batch.views]
         loss, _ = step(Batch(views, None, batch.index[share], batch.label[share]), Progress(i, STEPS, 1))
         seen[-1] |= {"loss": loss, "state": {n: t.clone() for n, t in method.state_dict().items()}}
     return seen
@@ -93,7 +94,6 @@ def trained_steps(name: str, mode: str) -> list[dict]:
     """Steps in train mode, float64. groups: every process has BatchNorm statistics of its own; sync: of all; micro: in
     micro-batches. One process does the same with BatchNorm groups as large, or with the whole batch."""
     config, method, batch = made(name, B=IMAGES, **TRAINED[name])
-    batch.views = [view.double() for view in batch.views]
     torch.manual_seed(7)
     for p in method.parameters():
         if p.ndim == 1 and p.requires_grad:  # not SimSiam's zero at the end of every residual branch

@@ -25,6 +25,7 @@ from fastssl.training.memory import Activations, StepMemory, largest_micro_batch
 from fastssl.training.step import Step
 from loaders import Batch, Loader
 from loaders.beton import Reader
+from loaders.errors import UserError
 
 B, CPU, FIRST = 8, torch.device("cpu"), Progress(0, 2, 1)
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -221,12 +222,22 @@ def test_other_errors_are_not_taken_for_it(room: Callable, monkeypatch: pytest.M
         ({"micro_batch": 4}, "--batch-size 8, --micro-batch 4 and 2 views of 32 px, and the smallest micro-batch"),
         ({}, "add --activation-checkpointing, or use a smaller --size"),
         ({"activation_checkpointing": True}, "does not fit either: use a smaller --size"),
-        ({"backbone": "timm/test_efficientnet"}, "px: use a smaller --batch-size, or --activation-checkpointing"),
     ],
 )
 def test_what_is_said_if_nothing_fits(changes: dict, message: str, room: Callable) -> None:
     room(1e6)
     assert message in str(out_of_memory(*made(**changes), FIRST, OUT))
+
+
+def test_a_network_without_micro_batches(room: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("its BatchNorm does more")
+
+    room(1e6)
+    step, batch = made()
+    monkeypatch.setattr("fastssl.networks.micro_batch.need_batch_norm_groups", refuse)
+    said = str(out_of_memory(step, batch, FIRST, OUT))
+    assert "px: use a smaller --batch-size, or --activation-checkpointing (its BatchNorm does more)" in said
 
 
 def test_processes_try_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

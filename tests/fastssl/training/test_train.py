@@ -201,7 +201,7 @@ def test_cuda_asked_for_and_absent(beton: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"), [("--epoch 3", "--epochs"), ("--method simsiam --num-views 4", "num-views")]
+    ("flags", "named"), [("--epoch 3", "--epochs"), ("--method simsiam --num-views 4", "num-views")]
 )
 def test_flags_that_do_not_exist(flags: str, named: str, beton: Path, capsys: pytest.CaptureFixture) -> None:
     """The nearest is named; options of another method are none."""
