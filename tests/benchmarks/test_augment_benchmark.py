@@ -119,14 +119,8 @@ def test_the_command(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert [(r["workload"], r["contestant"]) for r in content["results"]] == [
         (workload, who) for workload in ("gray", "cifar") for who in ("copy", "rows", "torchvision-v2")
     ]
-    assert all(
-        row.keys()
-        == {
-            *("workload", "contestant", "num_views", "size", "ms_per_view", "views_per_s", "gb_per_s", "of_roofline"),
-            "over_ours",
-        }
-        for row in content["results"]
-    )
+    figures = {"size", "ms_per_view", "views_per_s", "gb_per_s", "of_roofline", "over_ours"}
+    assert all(row.keys() == {"workload", "contestant", "num_views"} | figures for row in content["results"])
     assert content["options"]["dtype"] == "float32"
     assert "cifar" in capsys.readouterr().out
 

@@ -20,10 +20,8 @@ def test_the_command(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
     assert e2e.main(["--data", str(beton), *options, *SMALL, "--backend", "cpu"]) == 0
     loader, synthetic, stages = json.loads(Path("e2e.json").read_text())["results"]
     assert len(loader["images_per_s"]["values"]) == len(synthetic["images_per_s"]["values"]) == 2
-    expected = [
-        a / b for a, b in zip(loader["images_per_s"]["values"], synthetic["images_per_s"]["values"], strict=True)
-    ]
-    assert loader["of_synthetic"]["values"] == pytest.approx(expected)
+    pairs = zip(loader["images_per_s"]["values"], synthetic["images_per_s"]["values"], strict=True)
+    assert loader["of_synthetic"]["values"] == pytest.approx([a / b for a, b in pairs])
     assert stages["ms_per_image"]["decode"] > 0 and stages["ms_per_image"]["network"] > 0
     assert stages["limit"] == min(stages["capacity"], key=stages["capacity"].get)
     out = capsys.readouterr().out
@@ -67,9 +65,8 @@ def test_a_peers_workers_have_no_idle_moment_and_leave_nothing_behind() -> None:
     peer = e2e.Peer(lambda *_: trained.append, loader, most_views=2)
     data = SimpleNamespace(size=32, data="x.beton")
     config = SimpleNamespace(data=data, model=SimpleNamespace(backbone="resnet18"))
-    setup = SimpleNamespace(
-        config=config, device="cpu", spec=SimpleNamespace(K=4), loader=SimpleNamespace(batch_size=8)
-    )
+    spec, loading = SimpleNamespace(K=4), SimpleNamespace(batch_size=8)
+    setup = SimpleNamespace(config=config, device="cpu", spec=spec, loader=loading)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

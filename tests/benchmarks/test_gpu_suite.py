@@ -46,10 +46,8 @@ def test_every_part_is_a_command_with_options_that_exist(monkeypatch: pytest.Mon
             assert config.preset == "fastsiam-cifar10-200ep" and config.data.val.endswith("v.beton")
             assert (config.optim.epochs, config.data.batch_size, config.model.backbone) == (200, 128, "resnet18-cifar")
         elif module != "pytest":
-            config_class = {"benchmarks.augment": augment.AugmentOptions, "benchmarks.loader": common.CommonOptions}[
-                module
-            ]
-            config = tyro.cli(config_class, args=arguments)
+            options = {"benchmarks.augment": augment.AugmentOptions, "benchmarks.loader": common.CommonOptions}
+            config = tyro.cli(options[module], args=arguments)
             assert config.data == Path("x.beton")
             if module == "benchmarks.loader":
                 common.chosen(contestants(), config)
@@ -99,12 +97,8 @@ def test_a_stopped_part_leaves_no_process_behind(tmp_path: Path, monkeypatch: py
 
 
 def test_what_cifar_came_to(tmp_path: Path) -> None:
-    lines = [
-        {"step": 1, "knn": 30.0},
-        {"step": 2, "seconds": 540.0},
-        {"step": 3, "knn": 90.7},
-        {"step": 3, "knn": 90.5},
-    ]
+    lines = [{"step": 1, "knn": 30.0}, {"step": 2, "seconds": 540.0}]
+    lines += [{"step": 3, "knn": 90.7}, {"step": 3, "knn": 90.5}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     aims = [f"aim: {text}" for text in Outcome(None, "ok", 0, "\n".join(gpu_suite.cifar_aims(tmp_path))).aims]
     assert aims == gpu_suite.cifar_aims(tmp_path)

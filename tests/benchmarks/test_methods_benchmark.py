@@ -25,12 +25,10 @@ def test_every_method_has_a_row_and_rows_have_equal_view_passes() -> None:
 def test_finished_runs_become_a_table(beton: Path, val_beton: Path, tmp_path: Path, capsys) -> None:
     name = "simsiam-imagenette-4ep"
     small = "--size 32 --batch-size 8 --max-steps 2 --log-every 1 --knn-k 5 --dim 16 --predictor-hidden 8"
-    assert (
-        train([name, "--data", str(beton), "--val", str(val_beton), "--out", str(tmp_path / name), *small.split()]) == 0
-    )
+    data = ["--data", str(beton), "--val", str(val_beton)]
+    assert train([name, *data, "--out", str(tmp_path / name), *small.split()]) == 0
     capsys.readouterr()
-    arguments = ["--data", str(beton), "--val", str(val_beton), "--out", str(tmp_path), "--only", name]
-    assert main([*arguments, "--json", str(tmp_path / "table.json")]) == 0
+    assert main([*data, "--out", str(tmp_path), "--only", name, "--json", str(tmp_path / "table.json")]) == 0
     (row,) = json.loads((tmp_path / "table.json").read_text())
     assert (row["method"], row["views"], row["epochs"]) == ("simsiam", "2 x 32", 4)
     assert row["healthy std"] == 0.25 and 0 < row["std"] < 0.5
@@ -42,14 +40,11 @@ def test_finished_runs_become_a_table(beton: Path, val_beton: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data", "x.beton"], "--val"),
-        (
-            ["--data", "x.beton", "--val", "y.beton", "--only", "simsam-imagenette-4ep"],
-            "did you mean 'simsiam-imagenette-4ep'",
-        ),
-        (["--data", "none.beton", "--val", "y.beton", "--only", "dino-imagenette-4ep"], "none.beton"),
+        ("--data x.beton", "--val"),
+        ("--data x.beton --val y.beton --only simsam-imagenette-4ep", "did you mean 'simsiam-imagenette-4ep'"),
+        ("--data none.beton --val y.beton --only dino-imagenette-4ep", "none.beton"),
     ],
 )
-def test_bad_input(arguments: list[str], words: str, tmp_path: Path, capsys) -> None:
-    assert main([*arguments, "--out", str(tmp_path)]) == 2
+def test_bad_input(arguments: str, words: str, tmp_path: Path, capsys) -> None:
+    assert main([*arguments.split(), "--out", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err

@@ -39,6 +39,13 @@ def no_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step.PartTimer, "now", lambda _self: float(next(ticks)))
 
 
+def moved_by(contestant: StepContestant) -> int:
+    """How many weights a step changes: not all, zero_init_residual keeps some."""
+    before = [w.clone() for w in contestant.weights]
+    contestant()
+    return sum(not torch.equal(a, b) for a, b in zip(before, contestant.weights, strict=True))
+
+
 # --- The same step ----------------------------------------------------------------------------------------------------
 
 
@@ -67,11 +74,7 @@ def test_variants_are_what_they_say(views: list[Tensor]) -> None:
         for x in (*weights, *c.views):
             assert x.is_contiguous(memory_format=torch.channels_last) == last
             assert x.is_contiguous() != last
-        before = [w.clone() for w in c.weights]
-        c()
-        assert (
-            sum(not torch.equal(a, b) for a, b in zip(before, c.weights, strict=True)) > 30
-        )  # zero_init_residual keeps some
+        assert moved_by(c) > 30
 
 
 @pytest.mark.skipif(PEERS["lightly"].missing() is not None, reason="lightly is not installed")
@@ -100,11 +103,7 @@ def test_peers_train_on_their_views(views: list[Tensor], name: str) -> None:
     c = step.peer(SMALL, "resnet18", name, views, CPU)
     assert len(c.views) == (2 if name == "simsiam" else K)
     assert all(x.dtype == torch.float32 and x.is_contiguous() for x in c.views)
-    before = [w.clone() for w in c.weights]
-    c()
-    assert (
-        sum(not torch.equal(a, b) for a, b in zip(before, c.weights, strict=True)) > 30
-    )  # zero_init_residual keeps some
+    assert moved_by(c) > 30
 
 
 # --- Parts, memory ----------------------------------------------------------------------------------------------------

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 from safetensors.torch import load_file
+from small import config_of, losses
 from torch import nn
 
-from fastssl.evaluate import knn
-from fastssl.evaluate.features import centre_crops, extract, spread
+from fastssl.evaluate.base import load_backbone
+from fastssl.evaluate.features import centre_crops, spread
 from fastssl.evaluate.recalibrate import recalibrated
-from fastssl.export import load_weights
+from fastssl.export import load_weights, save_weights
 from fastssl.networks.backbones import backbone, check_size, feature_map
 from fastssl.networks.batch_norm import GroupedBatchNorm, group_batch_norm
 from fastssl.networks.vit import resized_positions
 from fastssl.train import main
 from fastssl.training import log as logs
+from fastssl.training.build import make_method
 from loaders import UserError
-from loaders.beton import Reader, Writer
+from loaders.beton import Reader
 
 CPU = torch.device("cpu")
 
@@ -100,9 +99,9 @@ def test_a_vit_takes_views_of_several_sizes() -> None:
 
 def test_drop_path_rises_linearly_and_acts_in_training_only() -> None:
     net, _ = backbone("vit-t32", size=64, drop_path=0.1)
-    rates = [getattr(b.drop_path1, "drop_prob", 0.0) for b in net.blocks]
-    assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
-    assert rates == pytest.approx([getattr(b.drop_path2, "drop_prob", 0.0) for b in net.blocks])
+    for place in ("drop_path1", "drop_path2"):
+        rates = [getattr(getattr(block, place), "drop_prob", 0.0) for block in net.blocks]
+        assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
     torch.manual_seed(0)
     net, _ = backbone("vit-t32", size=64, drop_path=0.9)
     torch.manual_seed(0)
@@ -188,20 +187,10 @@ def test_sizes_that_do_not_fit(name: str, size: int, message: str) -> None:
 
 
 def test_the_run_checks_every_size_that_the_network_sees() -> None:
-    from fastssl.config import schema as configs
-    from fastssl.methods import simsiam
-    from fastssl.training.build import make_method
-    from loaders.views import with_local
-
-    views = simsiam.Config.views
-    config = configs.with_method(configs.typed_config("fastsiam")(), "simsiam")
-    config = configs.replace(config, backbone="vit-t16", size=64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simsiam.Config, "views", lambda *a: with_local(views(*a), 2, 40, (0.05, 0.3)))
-        with pytest.raises(UserError, match=r"40 px.*small views.*such as 32 or 48"):
-            make_method(config)
-        patch.setattr(simsiam.Config, "views", lambda *a: with_local(views(*a), 2, 48, (0.05, 0.3)))
-        assert make_method(config).backbone.pos_embed.shape[1] == 1 + 4 * 4
+    options = {"backbone": "vit-t16", "size": 64, "num_local": 2}
+    with pytest.raises(UserError, match=r"40 px.*small views.*such as 32 or 48"):
+        make_method(config_of("dino", local_size=40, **options))
+    assert make_method(config_of("dino", local_size=48, **options)).backbone.pos_embed.shape[1] == 1 + 4 * 4
 
 
 @pytest.mark.parametrize(
@@ -230,9 +219,6 @@ def test_networks_whose_output_is_no_mean_of_a_map(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet34-cifar", "mobilenet_v2", "vit-t32"])
 def test_weights_of_other_backbones_evaluate_at_other_sizes(name: str, tmp_path: Path) -> None:
-    from fastssl.evaluate.base import load_backbone
-    from fastssl.export import save_weights
-
     net, width = backbone(name, size=64)
     save_weights(tmp_path / "w.safetensors", net, {"backbone": name, "size": 64})
     loaded, random_net, size = load_backbone(tmp_path / "w.safetensors", None, 96, seed=3)
@@ -296,29 +282,6 @@ def test_batches_are_equal_and_spread_over_the_file(beton: Path, monkeypatch: py
     assert all(max(b) - min(b) > 40 for b in batches)
 
 
-def test_recalibration_restores_the_accuracy_that_wrong_statistics_cost(tmp_path: Path) -> None:
-    """Two colours, and statistics of much brighter images: behind the ReLU nothing is left to tell them apart."""
-    rng = np.random.default_rng(0)
-    with Writer(tmp_path / "two.beton", 40) as writer:
-        for i in range(40):
-            pixels = 60 + np.array([[40, 0, 0], [0, 0, 40]])[i % 2] + rng.normal(0, 8, (32, 32, 3))
-            buffer = io.BytesIO()
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
-            writer.add(buffer.getvalue(), 32, 32, i % 2)
-    reader, net = Reader(tmp_path / "two.beton"), Tiny()
-    net.norm.running_mean.fill_(100)
-
-    def accuracy(candidate: nn.Module) -> float:
-        features, label = extract(candidate, reader, size=32, device=CPU)
-        config = knn.Knn(k=(5,), vote="weighted")
-        pairs = ((features[:30], label[:30]), (features[30:], label[30:]))
-        (result,) = knn.accuracy(*pairs, config).values()
-        return result["top1"]
-
-    assert accuracy(net) <= 50
-    assert accuracy(recalibrated(net, reader, size=32, device=CPU, images=40)) == 100
-
-
 def test_only_batch_norm_is_in_train_mode_and_alone(beton: Path) -> None:
     """Dropout stays off, synchronised BatchNorm waits for no other process, compiled networks can be copied."""
     net = group_batch_norm(nn.Sequential(nn.Dropout(0.9), Tiny()), sync=True).train()
@@ -348,19 +311,16 @@ def test_a_run_reports_and_exports_both(beton: Path, val_beton: Path, tmp_path: 
     common = ["--backbone", "resnet18", "--size", "32", "--batch-size", "8", "--epochs", "2", "--log-every", "1"]
     common += ["--method", "simsiam", "--dim", "32", "--data", str(beton), "--max-steps", "8"]
     monitor = ["--val", str(val_beton), "--knn-k", "5", "--knn-every", "1"]
-    losses = {}
-    for name, more in {"plain": monitor, "recalibrated": [*monitor, "--recalibrate-bn", "16"]}.items():
-        assert main([*common, "--out", str(tmp_path / name), *more]) == 0
-        entries = logs.read_metrics(tmp_path / name / logs.METRICS)
-        losses[name] = [e["loss"] for e in entries if "loss" in e]
-    assert losses["plain"] == losses["recalibrated"] and len(losses["plain"]) == 8  # to the last bit
+    folder = tmp_path / "recalibrated"
+    assert main([*common, *monitor, "--out", str(tmp_path / "plain")]) == 0
+    assert main([*common, *monitor, "--out", str(folder), "--recalibrate-bn", "16"]) == 0
+    assert losses(tmp_path / "plain") == losses(folder) and len(losses(folder)) == 8  # to the last bit
     out = capsys.readouterr().out
     assert out.count("; BatchNorm recalibrated: ") == 3 and out.count("  BatchNorm recalibrated") == 2
-    monitored = [e for e in entries if "knn" in e]
+    monitored = [e for e in logs.read_metrics(folder / logs.METRICS) if "knn" in e]
     assert [e["epoch"] for e in monitored] == [0, 1, 8 / 6]
     assert all(0 <= e["knn_recalibrated"] <= e["knn_recalibrated_top5"] <= 100 for e in monitored)
 
-    folder = tmp_path / "recalibrated"
     plain, other = (load_file(folder / f"weights{x}.safetensors") for x in ("", "-recalibrated"))
     assert not (tmp_path / "plain" / "weights-recalibrated.safetensors").exists()
     reference = load_file(tmp_path / "plain" / "weights.safetensors")
