@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> RunConfig:
     )
     if saved is not None:
         _check_resumable(saved, config)
-    configs.refuse_unread(config, base)
+    configs.refuse_unread(config, base, _names(flags))
     return config
 
 
@@ -84,6 +84,12 @@ def _flag(flags: list[str], name: str) -> str | None:
         elif here.startswith(name + "="):
             value = here.removeprefix(name + "=")
     return value
+
+
+def _names(flags: list[str]) -> set[str]:
+    """Names of the options that a command line gives: --no-sync-bn and --sync-bn name sync_bn."""
+    words = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+    return words | {word.removeprefix("no_") for word in words}
 
 
 def _check_resumable(saved: RunConfig, config: RunConfig) -> None:

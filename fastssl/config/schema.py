@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import typing
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -314,13 +315,14 @@ def validate(config: RunConfig) -> None:
     )
 
 
-def refuse_unread(config: RunConfig, base: RunConfig) -> None:
-    """Raise UserError for an option that differs from `base`, where the user's changes began, but is not read."""
+def refuse_unread(config: RunConfig, base: RunConfig, named: Set[str] = frozenset()) -> None:
+    """Raise UserError for an option that is not read, though the user gave it: the command line has it (`named`), or it
+    differs from `base`, where the user's changes began."""
     before, after = leaves(base), leaves(config)
     for name, condition in read_if(config).items():
-        if after[name] != before[name] and not condition.holds(after):
-            given = _on_command_line(name, after[name])
-            raise UserError(f"{given} is not read here: it needs {condition.words}, or leave it out")
+        if (name in named or after[name] != before[name]) and not condition.holds(after):
+            shown = _on_command_line(name, after[name])
+            raise UserError(f"{shown} is not read here: it needs {condition.words}, or leave it out")
 
 
 def leaves(config: RunConfig) -> dict[str, Any]:

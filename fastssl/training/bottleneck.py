@@ -1,7 +1,7 @@
 """The bottleneck report: how long each stage of the pipeline takes per image, and which resource limits the speed.
 
     read, decode, crop, augment    on the loader's threads, at the same time as everything else
-    copy, GPU augment              launched by the feeder thread; done by the GPU beside the network
+    copy, GPU augment              launched by the producer's thread; done by the GPU beside the network
     network                        forward, backward, step
     wait                           the training loop without a batch: loading that the other stages do not hide
 
@@ -103,7 +103,7 @@ def report(
     used = {
         "the network": stages["network"],
         f"the loader's {workers} thread{'s' if workers > 1 else ''}": host,
-        "the feeder thread": stages["copy"],
+        "the producer's thread": stages["copy"],
     }
     if on_gpu:
         used["augmentation on the GPU"] = stages["GPU augment"]

@@ -13,7 +13,7 @@ from fastssl.training.build import Setup
 from loaders.errors import UserError
 
 NAME = "checkpoint.pt"
-VERSION = 1
+VERSION = 2  # 2: fastssl 0.2, whose ViTs and options of heads differ from 0.1's
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -29,7 +29,10 @@ def load(folder: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["version"] != VERSION:
-            raise UserError(f"{path} is of version {state['version']}, this program reads {VERSION}")
+            raise UserError(
+                f"{path} is of version {state['version']}, this program continues {VERSION}: finish the run with the "
+                "fastssl that began it, or start it again with --overwrite"
+            )
     except UserError:
         raise
     except Exception as error:

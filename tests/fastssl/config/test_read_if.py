@@ -80,6 +80,8 @@ def test_an_option_is_refused_unless_its_condition_holds(method: str, option: st
     ("command", "message"),
     [
         ("--momentum 0.5 --optimizer adamw", "--momentum 0.5 is not read here: it needs --optimizer sgd or lars"),
+        ("--optimizer adamw --momentum 0.9", "--momentum 0.9 is not read here"),  # though it is the default
+        ("--fixed_points", "--fixed-points is not read here"),
         ("fastmoco-imagenet-100ep --patches off --pairs 4", "--pairs 4: --patches off combines no features"),
         ("swav-imagenet-100ep --schedule constant", "--schedule constant has none"),
         ("--no-fixed-points", "--no-fixed-points is not read here: it needs --guided other than off"),

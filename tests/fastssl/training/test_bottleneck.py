@@ -24,7 +24,7 @@ def test_ms_per_image_and_capacities() -> None:
         {
             "the network": 1000 / 90,
             "the loader's 3 threads": 1000 / 7,
-            "the feeder thread": 2000,
+            "the producer's thread": 2000,
             "augmentation on the GPU": 500,
         }
     )
